@@ -1,0 +1,218 @@
+// Everything a kernel may ask of the machine besides threadIdx.x, blockIdx.x, blockDim.x and gridDim.x: lanes, barriers,
+// clusters, vector accesses, 16-bit conversions, programmatic dependent launch. The only file with PTX. The emulator
+// (tests/simt) puts its own <cuda_runtime.h> first on the include path; it defines NORMEXT_SIMT, and what only a GPU can do
+// has a twin below. Blocks are one-dimensional, their size a multiple of 32.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/math.h"
+#include "core/types.h"
+
+namespace normext::cuda {
+
+constexpr int kWarpSize = 32;
+
+__device__ __forceinline__ unsigned lane_id() { return threadIdx.x % kWarpSize; }
+
+// The value of lane (own lane xor mask). float, double or int; all 32 lanes take part, always.
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+__device__ __forceinline__ void warp_sync() { __syncwarp(); }
+
+// Every thread of the block must come, exited ones included.
+__device__ __forceinline__ void block_barrier() { __syncthreads(); }
+
+// N consecutive elements in at most 16 bytes.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  static_assert(N > 0 && (N & (N - 1)) == 0 && sizeof(T) * N <= 16, "a pack is 1, 2, 4, 8 or 16 bytes");
+  T data[N];
+};
+
+// N accesses of one element each, for pointers aligned to T only.
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> load_elements(const T* p) {
+  Pack<T, N> pack;
+#pragma unroll
+  for (int i = 0; i < N; ++i) pack.data[i] = p[i];
+  return pack;
+}
+template <class T, int N>
+__device__ __forceinline__ void store_elements(T* p, Pack<T, N> pack) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) p[i] = pack.data[i];
+}
+
+__device__ __forceinline__ float to_accumulate(float x) { return x; }
+__device__ __forceinline__ double to_accumulate(double x) { return x; }
+
+#if defined(NORMEXT_SIMT)
+
+__device__ __forceinline__ unsigned cluster_rank() { return simt::cluster_rank(); }
+__device__ __forceinline__ unsigned cluster_size() { return simt::cluster_size(); }
+__device__ __forceinline__ void cluster_barrier() { simt::cluster_barrier(); }
+template <class T>
+__device__ __forceinline__ T* peer_smem(T* mine, unsigned rank) {
+  return reinterpret_cast<T*>(simt::peer_smem(reinterpret_cast<unsigned char*>(mine), rank));
+}
+__device__ __forceinline__ unsigned char* dynamic_smem() { return simt::dynamic_smem(); }
+
+__device__ __forceinline__ void dependency_wait() {}
+__device__ __forceinline__ void launch_dependents() {}
+
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> load_pack(const T* p) {
+  simt::require_aligned(p, sizeof(Pack<T, N>), "load_pack");
+  return load_elements<T, N>(p);
+}
+template <class T, int N>
+__device__ __forceinline__ void store_pack(T* p, Pack<T, N> pack) {
+  simt::require_aligned(p, sizeof(Pack<T, N>), "store_pack");
+  store_elements<T, N>(p, pack);
+}
+
+__device__ __forceinline__ float to_accumulate(Half x) { return to_float(x); }
+__device__ __forceinline__ float to_accumulate(BFloat16 x) { return to_float(x); }
+template <class T, class A>
+__device__ __forceinline__ T from_accumulate(A x) {
+  if constexpr (sizeof(T) == 2) {
+    return FromFloat<T>::convert(static_cast<float>(x));
+  } else {
+    return static_cast<T>(x);
+  }
+}
+
+#else
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ unsigned cluster_size() {
+  unsigned size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+
+// Every thread of every block of the cluster must come. What was written before it, peers see after it.
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The same offset in the shared memory of block `rank` of the cluster. Legal between a cluster_barrier() that shows that the
+// peer has started and one after which it may exit.
+template <class T>
+__device__ __forceinline__ T* peer_smem(T* mine, unsigned rank) {
+  T* theirs;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
+  return theirs;
+}
+
+// Waits for what the preceding kernel of the stream wrote; returns at once unless launched with LaunchShape::dependent.
+__device__ __forceinline__ void dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Lets the next kernel start; it may overwrite anything that this thread has not read yet.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+#else
+
+__device__ __forceinline__ unsigned cluster_rank() { return 0; }
+__device__ __forceinline__ unsigned cluster_size() { return 1; }
+__device__ __forceinline__ void cluster_barrier() {}
+template <class T>
+__device__ __forceinline__ T* peer_smem(T* mine, unsigned) {
+  return mine;
+}
+__device__ __forceinline__ void dependency_wait() {}
+__device__ __forceinline__ void launch_dependents() {}
+
+#endif
+
+// The block's dynamic shared memory, 16-byte aligned. There is no other shared memory.
+__device__ __forceinline__ unsigned char* dynamic_smem() {
+  extern __shared__ uint4 normext_smem[];
+  return reinterpret_cast<unsigned char*>(normext_smem);
+}
+
+template <int kBytes>
+struct AccessOf;
+template <>
+struct AccessOf<1> {
+  using type = unsigned char;
+};
+template <>
+struct AccessOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct AccessOf<4> {
+  using type = unsigned;
+};
+template <>
+struct AccessOf<8> {
+  using type = uint2;
+};
+template <>
+struct AccessOf<16> {
+  using type = uint4;
+};
+
+// One access; p is aligned to the pack. Plain ld/st: p may be in any memory and may alias what the kernel writes.
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> load_pack(const T* p) {
+  using Access = typename AccessOf<sizeof(Pack<T, N>)>::type;
+  const Access bits = *reinterpret_cast<const Access*>(p);
+  Pack<T, N> pack;
+  memcpy(&pack, &bits, sizeof(pack));
+  return pack;
+}
+template <class T, int N>
+__device__ __forceinline__ void store_pack(T* p, Pack<T, N> pack) {
+  using Access = typename AccessOf<sizeof(Pack<T, N>)>::type;
+  Access bits;
+  memcpy(&bits, &pack, sizeof(pack));
+  *reinterpret_cast<Access*>(p) = bits;
+}
+
+__device__ __forceinline__ float to_accumulate(Half x) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+}
+__device__ __forceinline__ float to_accumulate(BFloat16 x) {
+  float value;
+  asm("mov.b32 %0, {%1, %2};" : "=f"(value) : "h"(std::uint16_t{0}), "h"(x.bits));
+  return value;
+}
+
+// Rounds to nearest even and keeps subnormals. Two neighbours of a pack become one instruction (F2FP...PACK_AB).
+template <class T, class A>
+__device__ __forceinline__ T from_accumulate(A x) {
+  if constexpr (sizeof(T) == 2) {
+    const float value = static_cast<float>(x);
+    T out;
+    if constexpr (std::is_same_v<T, Half>) {
+      asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+    } else {
+      asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+    }
+    return out;
+  } else {
+    return static_cast<T>(x);
+  }
+}
+
+#endif
+
+}  // namespace normext::cuda
