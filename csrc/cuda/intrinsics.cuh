@@ -55,31 +55,38 @@ __device__ __forceinline__ double to_accumulate(double x) { return x; }
 
 #if defined(NORMEXT_SIMT)
 
-__device__ __forceinline__ unsigned cluster_rank() { return simt::cluster_rank(); }
-__device__ __forceinline__ unsigned cluster_size() { return simt::cluster_size(); }
-__device__ __forceinline__ void cluster_barrier() { simt::cluster_barrier(); }
+__device__ __forceinline__ unsigned cluster_rank() { return ::simt::cluster_rank(); }
+__device__ __forceinline__ unsigned cluster_size() { return ::simt::cluster_size(); }
+__device__ __forceinline__ void cluster_arrive() { ::simt::cluster_arrive(); }
+__device__ __forceinline__ void cluster_wait() { ::simt::cluster_wait(); }
+__device__ __forceinline__ void cluster_barrier() {
+  ::simt::cluster_arrive();
+  ::simt::cluster_wait();
+}
 template <class T>
 __device__ __forceinline__ T* peer_smem(T* mine, unsigned rank) {
-  return reinterpret_cast<T*>(simt::peer_smem(reinterpret_cast<unsigned char*>(mine), rank));
+  return reinterpret_cast<T*>(::simt::peer_smem(reinterpret_cast<unsigned char*>(mine), rank));
 }
-__device__ __forceinline__ unsigned char* dynamic_smem() { return simt::dynamic_smem(); }
+__device__ __forceinline__ unsigned char* dynamic_smem() { return ::simt::dynamic_smem(); }
 
 __device__ __forceinline__ void dependency_wait() {}
 __device__ __forceinline__ void launch_dependents() {}
 
 template <class T, int N>
 __device__ __forceinline__ Pack<T, N> load_pack(const T* p) {
-  simt::require_aligned(p, sizeof(Pack<T, N>), "load_pack");
+  ::simt::require_aligned(p, sizeof(Pack<T, N>), "load_pack");
   return load_elements<T, N>(p);
 }
 template <class T, int N>
 __device__ __forceinline__ void store_pack(T* p, Pack<T, N> pack) {
-  simt::require_aligned(p, sizeof(Pack<T, N>), "store_pack");
+  ::simt::require_aligned(p, sizeof(Pack<T, N>), "store_pack");
   store_elements<T, N>(p, pack);
 }
 
 __device__ __forceinline__ float to_accumulate(Half x) { return to_float(x); }
 __device__ __forceinline__ float to_accumulate(BFloat16 x) { return to_float(x); }
+template <class T, int N>
+__device__ __forceinline__ void forget_derived(Pack<T, N>&) {}
 template <class T, class A>
 __device__ __forceinline__ T from_accumulate(A x) {
   if constexpr (sizeof(T) == 2) {
@@ -103,6 +110,11 @@ __device__ __forceinline__ unsigned cluster_size() {
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return size;
 }
+
+// The two halves of a barrier over every thread of every block of the cluster that orders no memory accesses of peers: after
+// it, all blocks have started. Whatever stands between the halves overlaps with the wait.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
 // Every thread of every block of the cluster must come. What was written before it, peers see after it.
 __device__ __forceinline__ void cluster_barrier() {
@@ -129,6 +141,8 @@ __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontr
 
 __device__ __forceinline__ unsigned cluster_rank() { return 0; }
 __device__ __forceinline__ unsigned cluster_size() { return 1; }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ void cluster_barrier() {}
 template <class T>
 __device__ __forceinline__ T* peer_smem(T* mine, unsigned) {
@@ -183,6 +197,24 @@ __device__ __forceinline__ void store_pack(T* p, Pack<T, N> pack) {
   Access bits;
   memcpy(&bits, &pack, sizeof(pack));
   *reinterpret_cast<Access*>(p) = bits;
+}
+
+// Nothing computed from the pack is kept in registers across this point: it is converted again instead, which is cheaper
+// than the registers that float copies of a packed row would hold.
+template <class T, int N>
+__device__ __forceinline__ void forget_derived(Pack<T, N>& pack) {
+  if constexpr (sizeof(Pack<T, N>) >= 4) {
+    unsigned words[sizeof(Pack<T, N>) / 4];
+    memcpy(words, &pack, sizeof(pack));
+#pragma unroll
+    for (unsigned& word : words) asm volatile("" : "+r"(word));
+    memcpy(&pack, words, sizeof(pack));
+  } else {
+    unsigned short bits;
+    memcpy(&bits, &pack, sizeof(pack));
+    asm volatile("" : "+h"(bits));
+    memcpy(&pack, &bits, sizeof(pack));
+  }
 }
 
 __device__ __forceinline__ float to_accumulate(Half x) {

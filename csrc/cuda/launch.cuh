@@ -132,7 +132,7 @@ void launch(void (*kernel)(P...), const LaunchShape& shape, void* stream, const 
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes;
   config.numAttrs = count;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...), "a kernel launch");
+  check_cuda(cudaLaunchKernelEx(&config, kernel, args...), "a kernel launch");
 }
 
 }  // namespace normext::cuda
