@@ -1,0 +1,18 @@
+// Compiler differences, in one place: the only file that asks which compiler is at work.
+#pragma once
+
+#if defined(__CUDACC__)
+#define NORMEXT_HOST_DEVICE __host__ __device__
+#else
+#define NORMEXT_HOST_DEVICE
+#endif
+
+// Policies and helpers are always inlined: no copy of them may be shared between
+// translation units that are compiled for different instruction sets.
+#define NORMEXT_INLINE NORMEXT_HOST_DEVICE inline __attribute__((always_inline))
+
+// Code that is compiled once per instruction set lives in `normext::<NORMEXT_ISA>`.
+// CPU translation units define it (scalar, avx2, avx512, neon); everything else is `generic`.
+#if !defined(NORMEXT_ISA)
+#define NORMEXT_ISA generic
+#endif

@@ -1,0 +1,119 @@
+// Sums in the order of RowTree: columns and slots in registers, lanes by shuffle, segments by one warp.
+#pragma once
+
+#include "core/row_tree.h"
+#include "cuda/intrinsics.cuh"
+#include "norms/stats.h"
+
+namespace normext::cuda {
+
+// Adjacent values pairwise; N is a power of two. Overwrites the array.
+template <class A, int N>
+__device__ __forceinline__ A pairwise(A (&v)[N]) {
+#pragma unroll
+  for (int width = 1; width < N; width *= 2) {
+#pragma unroll
+    for (int i = 0; i + width < N; i += 2 * width) v[i] = v[i] + v[i + width];
+  }
+  return v[0];
+}
+
+// Sum over the `lanes` (8, 16 or 32) neighbouring lanes that share a row; every lane of the warp must call it.
+template <class A>
+__device__ __forceinline__ A lanes_sum(A value, int lanes) {
+#pragma unroll
+  for (int mask = 16; mask >= 1; mask /= 2) {
+    if (mask < lanes) value = value + shuffle_xor(value, mask);
+  }
+  return value;
+}
+
+// The aligned block of 32^(kLevel+1) terms that starts at `first`; every lane gets the sum.
+template <int kLevel, class A, class Term>
+__device__ __forceinline__ A warp_pairwise_block(std::int64_t first, std::int64_t count, Term term) {
+  A value = A(0);
+  if constexpr (kLevel == 0) {
+    if (first + lane_id() < count) value = term(first + lane_id());
+  } else {
+    const std::int64_t step = std::int64_t{1} << (5 * kLevel);
+    for (unsigned k = 0; k < 32 && first + k * step < count; ++k) {
+      const A block = warp_pairwise_block<kLevel - 1, A>(first + k * step, count, term);
+      if (lane_id() == k) value = block;
+    }
+  }
+#pragma unroll
+  for (int mask = 1; mask <= 16; mask *= 2) value = value + shuffle_xor(value, mask);
+  return value;
+}
+
+// sum(term(0), ..., term(count - 1)) pairwise in index order, by one whole warp; every lane gets it. count <= 32^(kLevels+1).
+template <int kLevels, class A, class Term>
+__device__ __forceinline__ A warp_pairwise(std::int64_t count, Term term) {
+  if (kLevels == 0 || count <= 32) return warp_pairwise_block<0, A>(0, count, term);
+  return warp_pairwise_block<kLevels, A>(0, count, term);
+}
+
+constexpr int kClusterLevels = 1;  // up to 1024 segments: more than the 512 that a cluster holds
+constexpr int kSplitLevels = 4;    // up to 2^25 segments
+
+// A segment's contribution to its row: (m, c, q) for a centred norm, sum(x^2) for RMSNorm.
+template <class Norm, class A, bool kCentred = Norm::kCentred>
+struct SegmentStats {
+  static constexpr int kValues = 3;
+  Moments<A> moments;
+
+  // `segments` entries of each value, one value after the other.
+  __device__ __forceinline__ void put(A* table, std::int64_t segments, std::int64_t s) const {
+    table[s] = moments.mean;
+    table[segments + s] = moments.correction;
+    table[2 * segments + s] = moments.m2;
+  }
+  __device__ __forceinline__ static SegmentStats get(const A* table, std::int64_t segments, std::int64_t s) {
+    return {{table[s], table[segments + s], table[2 * segments + s]}};
+  }
+};
+
+template <class Norm, class A>
+struct SegmentStats<Norm, A, false> {
+  static constexpr int kValues = 1;
+  A sum_x2;
+
+  __device__ __forceinline__ void put(A* table, std::int64_t, std::int64_t s) const { table[s] = sum_x2; }
+  __device__ __forceinline__ static SegmentStats get(const A* table, std::int64_t, std::int64_t s) { return {table[s]}; }
+};
+
+// merge_all of norms/stats.h. sum(term) adds term(s) over all segments s, pairwise in index order.
+template <class Norm, class A, class Get, class Sum>
+__device__ __forceinline__ typename Norm::template Row<A> merge_segments(const RowTree& tree, A eps, Get get, Sum sum) {
+  const A cols = static_cast<A>(tree.cols);
+  if constexpr (Norm::kCentred) {
+    const A pivot = get(0).moments.mean;
+    const A merged = sum([&](std::int64_t s) {
+                       return static_cast<A>(tree.count(s)) * relative_mean(get(s).moments, pivot);
+                     }) / cols;
+    const A m2 = sum([&](std::int64_t s) {
+      return centred_square(get(s).moments, static_cast<A>(tree.count(s)), pivot, merged);
+    });
+    return finish_centred(pivot, merged, m2, cols, eps);
+  } else {
+    return Norm::finish(sum([&](std::int64_t s) { return get(s).sum_x2; }), cols, eps);
+  }
+}
+
+// The same from a table in shared or global memory, by one whole warp; every lane gets the row.
+template <class Norm, int kLevels, class A>
+__device__ __forceinline__ typename Norm::template Row<A> merge_table(const A* table, const RowTree& tree, A eps) {
+  return merge_segments<Norm>(
+      tree, eps, [&](std::int64_t s) { return SegmentStats<Norm, A>::get(table, tree.segments, s); },
+      [&](auto term) { return warp_pairwise<kLevels, A>(tree.segments, term); });
+}
+
+// The same for a row of one segment, from registers.
+template <class Norm, class A>
+__device__ __forceinline__ typename Norm::template Row<A> merge_single(SegmentStats<Norm, A> only, const RowTree& tree,
+                                                                       A eps) {
+  return merge_segments<Norm>(
+      tree, eps, [&](std::int64_t) { return only; }, [&](auto term) { return term(0); });
+}
+
+}  // namespace normext::cuda

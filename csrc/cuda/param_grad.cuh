@@ -1,0 +1,90 @@
+// Sums the partial parameter gradients of all row runs, pairwise in index order, and casts them to the parameter type.
+// A block takes 32 columns; its 16 slices of threads take contiguous runs of partials, so every access is coalesced.
+#pragma once
+
+#include "cuda/collectives.cuh"
+#include "cuda/row_launch.cuh"
+
+namespace normext::cuda {
+
+constexpr int kGradColumns = 32;
+constexpr int kGradSlices = 16;
+constexpr int kGradLevels = 24;  // partials up to 2^24 per slice
+
+// Adds values pairwise in index order as they arrive. push() a power of two of them, at most 2^kLevels; sum() is then their sum.
+template <class A, int kLevels>
+struct PairwiseSum {
+  A level[kLevels + 1];
+  unsigned count = 0;
+
+  __device__ __forceinline__ void push(A value) {
+    bool carry = true;
+#pragma unroll
+    for (int l = 0; l <= kLevels; ++l) {
+      if (carry) {
+        if (count >> l & 1u) {
+          value = level[l] + value;
+        } else {
+          level[l] = value;
+          carry = false;
+        }
+      }
+    }
+    ++count;
+  }
+  __device__ __forceinline__ A sum() const {
+    A total = A(0);
+#pragma unroll
+    for (int l = 0; l <= kLevels; ++l) {
+      if (count >> l & 1u) total = level[l];
+    }
+    return total;
+  }
+};
+
+template <class A>
+struct ParamGradParams {
+  const A* partial[2];  // [runs][cols]; dweight, dbias
+  void* out[2];         // [cols]; a null one is skipped
+  std::int64_t runs, cols;
+};
+
+template <class P, class A>
+__global__ void __launch_bounds__(kGradColumns * kGradSlices)
+    param_grad_kernel(const __grid_constant__ ParamGradParams<A> params) {
+  const std::int64_t blocks = ceil_div(params.cols, kGradColumns);
+  const int which = blockIdx.x < blocks ? 0 : 1;
+  const A* partial = params.partial[which];
+  P* out = static_cast<P*>(params.out[which]);
+  const int slice = static_cast<int>(threadIdx.x) / kGradColumns;
+  const std::int64_t column = (blockIdx.x - which * blocks) * kGradColumns + threadIdx.x % kGradColumns;
+  const bool exists = column < params.cols && out != nullptr;
+
+  dependency_wait();
+  const std::int64_t padded = power_of_two_at_least(params.runs);
+  const std::int64_t run = padded > kGradSlices ? padded / kGradSlices : 1;
+  PairwiseSum<A, kGradLevels> sum;
+  for (std::int64_t p = slice * run; p < (slice + 1) * run; ++p) {
+    sum.push(exists && p < params.runs ? partial[p * params.cols + column] : A(0));
+  }
+  A* table = reinterpret_cast<A*>(dynamic_smem());
+  table[threadIdx.x] = sum.sum();
+  for (int width = 1; width < kGradSlices; width *= 2) {
+    block_barrier();
+    if (slice % (2 * width) == 0) table[threadIdx.x] = table[threadIdx.x] + table[threadIdx.x + width * kGradColumns];
+  }
+  launch_dependents();
+  if (slice == 0 && exists) out[column] = from_accumulate<P>(table[threadIdx.x]);
+}
+
+template <class P, class A>
+void launch_param_grad(const ParamGradParams<A>& params, void* stream) {
+  LaunchShape shape;
+  shape.blocks = 2 * ceil_div(params.cols, kGradColumns);
+  shape.threads = kGradColumns * kGradSlices;
+  shape.smem = kGradColumns * kGradSlices * sizeof(A);
+  shape.dependent = dependent_launch();
+  launch(param_grad_kernel<P, A>, shape, stream, params);
+}
+
+}  // namespace normext::cuda

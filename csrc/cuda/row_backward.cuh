@@ -1,0 +1,352 @@
+// Row norm backward: dx, and the partial sums of dweight and dbias, from one read of x and dy.
+//
+//   g = dy * weight;  dx = gradient(g, xhat, mean(g), mean(g * xhat)) + grad_residual_out;  dweight += dy * xhat;  dbias += dy
+//
+// The rows are cut into runs (row_runs of tuning.h), a run into groups of 16 rows. A team of lanes (for rows of one segment) or of
+// `warps` warps takes the rows of a group one after another and adds their parameter gradients in registers. Groups are folded
+// in index order into a second accumulator in shared memory, and each run writes one partial row; param_grad.cuh adds the
+// partials pairwise. So no accumulator takes more than 16 terms in sequence, and neither the grid nor the mapping changes a bit.
+// A row of several segments needs one barrier (of the block, or of the cluster when blocks_per_row > 1).
+//
+// kSplit, for rows that are wider still: one launch leaves the two sums of each segment in the workspace, the next applies them.
+#pragma once
+
+#include "core/row_args.h"
+#include "cuda/collectives.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/tile.cuh"
+#include "cuda/tuning.h"
+
+namespace normext::cuda {
+
+enum class BackwardPhase : int { kWhole, kSums, kApply };
+
+template <class A>
+struct RowBackwardParams {
+  RowBackwardArgs args;
+  RowTree tree;
+  RowMapping mapping;
+  A weight_offset;  // 0 where there is no weight
+  std::int64_t runs;
+  BackwardPhase phase;
+  A* row_sums;        // kSplit: [rows][2][segments]
+  A* weight_partial;  // [runs][cols] or null
+  A* bias_partial;    // [runs][cols] or null
+  bool input_aligned, grad_output_aligned, grad_residual_aligned, grad_input_aligned, weight_aligned;
+  bool float_grad;  // grad_output is float32 while T is a 16-bit type
+};
+
+// Parameter gradients of the columns a lane owns.
+template <class A, int V, int kSlots>
+struct ParamGrad {
+  A weight[kSlots][V];
+  A bias[kSlots][V];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) weight[s][i] = bias[s][i] = A(0);
+    }
+  }
+};
+
+// x and dy of one segment of one row. The gradient of a 16-bit RMSNorm may be float32 (llama rounding with float32 weights);
+// it is then read twice, from L1 the second time, so that the common case pays no registers for it.
+template <class Norm, class T, int V, int kSlots>
+struct BackwardSegment {
+  using A = Accumulate<T>;
+  static constexpr bool kMaybeFloat = !Norm::kCentred && sizeof(T) == 2;
+  Tile<T, V, kSlots> x;
+  Tile<T, V, kSlots> dy;
+
+  __device__ __forceinline__ void load(const RowBackwardParams<A>& params, std::int64_t row, const LaneColumns<V>& columns) {
+    const RowBackwardArgs& args = params.args;
+    x.load(static_cast<const T*>(args.input) + args.input_layout.offset(row), columns, params.input_aligned);
+    if (kMaybeFloat && params.float_grad) return;
+    dy.load(static_cast<const T*>(args.grad_output) + args.grad_output_layout.offset(row), columns,
+            params.grad_output_aligned);
+  }
+
+  __device__ __forceinline__ void grad_output(const RowBackwardParams<A>& params, std::int64_t row,
+                                              const LaneColumns<V>& columns, int s, A (&out)[V]) const {
+    if constexpr (kMaybeFloat) {
+      if (params.float_grad) {
+        const RowBackwardArgs& args = params.args;
+        const float* p = static_cast<const float*>(args.grad_output) + args.grad_output_layout.offset(row) + columns.first;
+        Columns<float, V> wide;
+        if (columns.owns(s)) wide.template load<false>(p + columns.offset(s));
+#pragma unroll
+        for (int i = 0; i < V; ++i) out[i] = wide[i];
+        return;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i) out[i] = to_accumulate(dy.slot[s][i]);
+  }
+};
+
+template <class Norm, class A, class P, int V>
+__device__ __forceinline__ A weight_value(const RowBackwardParams<A>& params, const Columns<P, V>& weight, int i) {
+  return Norm::kCentred ? to_accumulate(weight[i]) : params.weight_offset + to_accumulate(weight[i]);
+}
+
+template <class A>
+struct RowSums {
+  A g;   // sum of g
+  A gx;  // sum of g * xhat
+};
+
+template <class A>
+__device__ __forceinline__ void put_sums(A* table, std::int64_t segments, std::int64_t s, RowSums<A> sums) {
+  table[s] = sums.g;
+  table[segments + s] = sums.gx;
+}
+
+// Sums over all segments, pairwise in index order, by one whole warp.
+template <class Norm, int kLevels, class A>
+__device__ __forceinline__ RowSums<A> merge_sums(const A* table, std::int64_t segments) {
+  A g = A(0);
+  if constexpr (Norm::kCentred) g = warp_pairwise<kLevels, A>(segments, [&](std::int64_t s) { return table[s]; });
+  return {g, warp_pairwise<kLevels, A>(segments, [&](std::int64_t s) { return table[segments + s]; })};
+}
+
+// This lane's share of the two sums of a segment.
+template <class Norm, class T, class P, int V, int kSlots, class A>
+__device__ __forceinline__ RowSums<A> lane_sums(const BackwardSegment<Norm, T, V, kSlots>& segment,
+                                                const Tile<P, V, kSlots>& weight, const RowBackwardParams<A>& params,
+                                                std::int64_t row, const LaneColumns<V>& columns,
+                                                const typename Norm::template Row<A>& stats) {
+  A g[kSlots];
+  A gx[kSlots];
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s) {
+    A gs[V];
+    A products[V];
+    A dy[V];
+    segment.grad_output(params, row, columns, s, dy);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const A xhat = Norm::template normalise<A>(to_accumulate(segment.x.slot[s][i]), stats);
+      const A value = dy[i] * weight_value<Norm>(params, weight.slot[s], i);
+      gs[i] = columns.owns(s) ? value : A(0);
+      products[i] = columns.owns(s) ? value * xhat : A(0);
+    }
+    g[s] = pairwise(gs);
+    gx[s] = pairwise(products);
+  }
+  return {pairwise(g), pairwise(gx)};
+}
+
+// Adds the parameter gradients of one segment and stores its dx.
+template <class Norm, class T, class P, int V, int kSlots, class A>
+__device__ __forceinline__ void finish_segment(BackwardSegment<Norm, T, V, kSlots>& segment,
+                                               const Tile<P, V, kSlots>& weight, const RowBackwardParams<A>& params,
+                                               std::int64_t row, const LaneColumns<V>& columns,
+                                               const typename Norm::template Row<A>& stats, RowSums<A> mean,
+                                               ParamGrad<A, V, kSlots>& grads) {
+  const RowBackwardArgs& args = params.args;
+  Tile<T, V, kSlots> residual;
+  if (args.grad_input != nullptr) {
+    const T* p = static_cast<const T*>(args.grad_residual_out);
+    if (p != nullptr) p += args.grad_residual_out_layout.offset(row);
+    residual.load_or(p, columns, params.grad_residual_aligned, from_accumulate<T>(A(0)));
+  }
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s) {
+    A dy[V];
+    segment.grad_output(params, row, columns, s, dy);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const A xhat = Norm::template normalise<A>(to_accumulate(segment.x.slot[s][i]), stats);
+      const A g = dy[i] * weight_value<Norm>(params, weight.slot[s], i);
+      A scaled = xhat;
+      if constexpr (!Norm::kCentred) {
+        if (args.rounding == Rounding::kLlama) scaled = to_accumulate(from_accumulate<T>(xhat));
+      }
+      if (columns.owns(s)) {
+        grads.weight[s][i] = fma(dy[i], scaled, grads.weight[s][i]);
+        if constexpr (Norm::kCentred) grads.bias[s][i] = grads.bias[s][i] + dy[i];
+      }
+      const A dx = Norm::template gradient<A>(g, xhat, stats, mean.g, mean.gx);
+      segment.x.slot[s][i] = from_accumulate<T>(dx + to_accumulate(residual.slot[s][i]));
+    }
+  }
+  if (args.grad_input != nullptr) {
+    segment.x.store(static_cast<T*>(args.grad_input) + row * args.cols, columns, params.grad_input_aligned);
+  }
+}
+
+template <class Norm, class A>
+__device__ __forceinline__ typename Norm::template Row<A> saved_row(const RowBackwardArgs& args, std::int64_t row) {
+  const A* stats = static_cast<const A*>(args.stats);
+  if constexpr (Norm::kCentred) {
+    return {stats[row], stats[args.rows + row], stats[2 * args.rows + row]};
+  } else {
+    return {stats[row]};
+  }
+}
+
+// Shared memory of a block: exchange[2][teams][2][segments], total[2][columns], group[teams][2][columns] when teams > 1.
+template <class A>
+struct BackwardShared {
+  A* exchange;
+  A* total;
+  A* group;
+  std::int64_t columns;  // of the row that this block holds
+
+  __device__ __forceinline__ BackwardShared(const RowTree& tree, const RowMapping& mapping) {
+    columns = block_columns(tree, mapping);
+    exchange = reinterpret_cast<A*>(dynamic_smem());
+    total = exchange + exchange_values(tree, mapping);
+    group = total + 2 * columns;
+  }
+};
+
+// total (+)= group, in shared memory: `first` stores, later ones add.
+template <class A>
+__device__ __forceinline__ void fold(A* total, A value, bool first) {
+  *total = first ? value : *total + value;
+}
+
+// After every 16 rows: the groups' sums into the block's totals, in index order.
+template <class Norm, int V, int kSlots, int kSegments, class A>
+__device__ __forceinline__ void fold_groups(const BackwardShared<A>& shared, const RowMapping& mapping,
+                                            const ParamGrad<A, V, kSlots> (&grads)[kSegments],
+                                            const LaneColumns<V> (&columns)[kSegments], std::int64_t block_start, int team,
+                                            int groups, bool first) {
+  const bool alone = mapping.rows_at_once == 1;
+  A* mine = alone ? shared.total : shared.group + team * 2 * shared.columns;
+#pragma unroll
+  for (int j = 0; j < kSegments; ++j) {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      if (!columns[j].owns(s)) continue;
+      A* place = mine + (columns[j].first + columns[j].offset(s) - block_start);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        fold(place + i, grads[j].weight[s][i], first || !alone);
+        if constexpr (Norm::kCentred) fold(place + shared.columns + i, grads[j].bias[s][i], first || !alone);
+      }
+    }
+  }
+  if (alone) return;
+  block_barrier();
+  const std::int64_t values = (Norm::kCentred ? 2 : 1) * shared.columns;
+  for (std::int64_t c = threadIdx.x; c < values; c += blockDim.x) {
+    for (int t = 0; t < groups; ++t) fold(shared.total + c, shared.group[t * 2 * shared.columns + c], first && t == 0);
+  }
+  block_barrier();
+}
+
+template <class Norm, class T, class P, int V, int kSegments>
+__global__ void __launch_bounds__(max_warps(sizeof(T)) * 32, 1)
+    row_backward_kernel(const __grid_constant__ RowBackwardParams<Accumulate<T>> params) {
+  using A = Accumulate<T>;
+  using Row = typename Norm::template Row<A>;
+  constexpr int kSlots = 8 / V;
+  const RowBackwardArgs& args = params.args;
+  const RowTree& tree = params.tree;
+  const RowMapping& mapping = params.mapping;
+  const bool several = tree.segments > 1;
+  const bool cluster = mapping.tier == RowTier::kRegisters && mapping.blocks_per_row > 1;
+  const bool params_wanted = params.phase != BackwardPhase::kSums &&
+                             (params.weight_partial != nullptr || params.bias_partial != nullptr);
+  const bool sums_wanted = args.grad_input != nullptr && params.phase != BackwardPhase::kApply;
+  const BackwardShared<A> shared(tree, mapping);
+
+  const int lane = static_cast<int>(lane_id()) % tree.lanes;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int team = several ? warp / mapping.warps : static_cast<int>(threadIdx.x) / tree.lanes;
+  const std::int64_t part = blockIdx.x % mapping.blocks_per_row;
+  const std::int64_t run = blockIdx.x / mapping.blocks_per_row;
+  const std::int64_t run_start = run_begin(args.rows, params.runs, run);
+  const int run_rows = static_cast<int>(run_begin(args.rows, params.runs, run + 1) - run_start);
+  const int groups = static_cast<int>(ceil_div(run_rows, kGroupRows));
+  const std::int64_t block_start = part * shared.columns;
+  const bool in_team = team < mapping.rows_at_once;
+
+  std::int64_t segment[kSegments];
+  LaneColumns<V> columns[kSegments];
+  Tile<P, V, kSlots> weight[kSegments];
+#pragma unroll
+  for (int j = 0; j < kSegments; ++j) {
+    segment[j] = several ? (part * mapping.warps + warp % mapping.warps) * kSegments + j : 0;
+    columns[j] = lane_columns<V>(tree, segment[j], lane, in_team && segment[j] < tree.segments);
+    weight[j].load_or(static_cast<const P*>(args.weight), columns[j], params.weight_aligned, from_accumulate<P>(A(1)));
+  }
+  dependency_wait();
+  if (cluster) cluster_barrier();  // shared memory of a peer may be written only once the peer runs
+
+  int parity = 0;
+  for (int base = 0; base < groups; base += mapping.rows_at_once) {
+    ParamGrad<A, V, kSlots> grads[kSegments];
+#pragma unroll
+    for (int j = 0; j < kSegments; ++j) grads[j].clear();
+    const int first_row = (base + team) * kGroupRows;
+    for (int r = 0; r < kGroupRows && base * kGroupRows + r < run_rows; ++r) {
+      const bool active = in_team && first_row + r < run_rows;
+      const std::int64_t row = run_start + (active ? first_row + r : 0);
+      BackwardSegment<Norm, T, V, kSlots> data[kSegments];
+      LaneColumns<V> here[kSegments];
+#pragma unroll
+      for (int j = 0; j < kSegments; ++j) {
+        here[j] = columns[j];
+        if (!active) here[j].left = 0;
+        data[j].load(params, row, here[j]);
+      }
+      const Row stats = saved_row<Norm, A>(args, row);
+      RowSums<A> sums{A(0), A(0)};
+      if (sums_wanted) {
+        A* exchange = shared.exchange + (parity * mapping.rows_at_once + team) * 2 * tree.segments;
+#pragma unroll
+        for (int j = 0; j < kSegments; ++j) {
+          sums = lane_sums<Norm>(data[j], weight[j], params, row, here[j], stats);
+          if constexpr (Norm::kCentred) sums.g = lanes_sum(sums.g, tree.lanes);
+          sums.gx = lanes_sum(sums.gx, tree.lanes);
+          if (!several || segment[j] >= tree.segments) continue;
+          if (params.phase == BackwardPhase::kSums) {
+            if (lane == 0 && active) put_sums(params.row_sums + row * 2 * tree.segments, tree.segments, segment[j], sums);
+          } else if (cluster) {
+            if (lane < mapping.blocks_per_row) {
+              put_sums(peer_smem(exchange, static_cast<unsigned>(lane)), tree.segments, segment[j], sums);
+            }
+          } else if (lane == 0) {
+            put_sums(exchange, tree.segments, segment[j], sums);
+          }
+        }
+        if (params.phase == BackwardPhase::kSums) continue;
+        if (cluster) {
+          cluster_barrier();
+        } else if (several) {
+          block_barrier();
+        }
+        if (several) sums = merge_sums<Norm, kClusterLevels>(exchange, tree.segments);
+        parity ^= 1;
+      } else if (args.grad_input != nullptr) {
+        sums = merge_sums<Norm, kSplitLevels>(params.row_sums + row * 2 * tree.segments, tree.segments);
+      }
+      const A cols = static_cast<A>(tree.cols);
+      const RowSums<A> mean{sums.g / cols, sums.gx / cols};
+#pragma unroll
+      for (int j = 0; j < kSegments; ++j) {
+        finish_segment<Norm>(data[j], weight[j], params, row, here[j], stats, mean, grads[j]);
+      }
+    }
+    if (params_wanted) {
+      fold_groups<Norm>(shared, mapping, grads, columns, block_start, team,
+                        groups - base < mapping.rows_at_once ? groups - base : mapping.rows_at_once, base == 0);
+    }
+  }
+  launch_dependents();
+  if (!params_wanted) return;
+  block_barrier();
+  const std::int64_t end = tree.cols - block_start < shared.columns ? tree.cols - block_start : shared.columns;
+  for (std::int64_t c = threadIdx.x; c < end; c += blockDim.x) {
+    const std::int64_t place = run * tree.cols + block_start + c;
+    if (params.weight_partial != nullptr) params.weight_partial[place] = shared.total[c];
+    if (params.bias_partial != nullptr) params.bias_partial[place] = shared.total[shared.columns + c];
+  }
+}
+
+}  // namespace normext::cuda

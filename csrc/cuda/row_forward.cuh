@@ -1,0 +1,269 @@
+// Row norm forward, the row in registers.
+//
+//   output[row, :] = norm(x[row, :]) * weight + bias,   x = input, or round(input + alpha * residual), which is stored too
+//
+// A warp computes one segment of a row (RowTree), or several short rows at once. A row of several segments takes `warps` warps of
+// a block, and with blocks_per_row > 1 that many blocks of a cluster. Every input byte is read once. One barrier: each warp
+// puts the moments of its segment into shared memory (of every block of the cluster) and, after the barrier, merges all of them by
+// itself. Weights are loaded before the reduction. A lane reads all its columns before it writes any, so output may be input.
+// Does not do: rows that do not fit (row_wide.cuh).
+#pragma once
+
+#include "core/row_args.h"
+#include "cuda/collectives.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/tile.cuh"
+#include "cuda/tuning.h"
+
+namespace normext::cuda {
+
+template <class A>
+struct RowForwardParams {
+  RowForwardArgs args;
+  RowTree tree;
+  RowMapping mapping;
+  A eps, alpha, weight_offset;  // weight_offset is 0 where there is no weight
+  void* partials;          // kSplit: [rows][values][segments]
+  bool input_aligned;      // input and residual: vector accesses are legal
+  bool output_aligned;     // output and residual_out
+  bool param_aligned;      // weight and bias
+  bool float_output;       // the output is float32 while T is a 16-bit type
+  bool statistics, apply;  // row_wide.cuh: which of its two phases this launch runs
+};
+
+// input + alpha * residual with one rounding to T.
+template <class T, class A>
+__device__ __forceinline__ T add_residual(T input, T residual, A alpha) {
+  const A x = to_accumulate(input);
+  const A r = to_accumulate(residual);
+  return from_accumulate<T>(alpha == A(1) ? x + r : fma(alpha, r, x));
+}
+
+// Loads this lane's columns of x; with a residual, adds it and stores the sum.
+template <class T, int V, int kSlots, bool kResidual, class A>
+__device__ __forceinline__ void load_rows(Tile<T, V, kSlots>& x, const RowForwardParams<A>& params, std::int64_t row,
+                                          const LaneColumns<V>& columns) {
+  const RowForwardArgs& args = params.args;
+  x.load(static_cast<const T*>(args.input) + args.input_layout.offset(row), columns, params.input_aligned);
+  if constexpr (kResidual) {
+    Tile<T, V, kSlots> r;
+    r.load(static_cast<const T*>(args.residual) + args.residual_layout.offset(row), columns, params.input_aligned);
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      if (!columns.owns(s)) continue;
+#pragma unroll
+      for (int i = 0; i < V; ++i) x.slot[s][i] = add_residual(x.slot[s][i], r.slot[s][i], params.alpha);
+    }
+  }
+}
+
+// Moments of a segment held by `lanes` lanes; every lane of the warp must call it.
+template <class Norm, class T, int V, int kSlots, class A = Accumulate<T>>
+__device__ __forceinline__ SegmentStats<Norm, A> segment_stats(Tile<T, V, kSlots>& x, const LaneColumns<V>& columns,
+                                                               int lanes, A count) {
+  A sums[kSlots];
+  A values[V];
+  if constexpr (!Norm::kCentred) {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const A value = columns.owns(s) ? to_accumulate(x.slot[s][i]) : A(0);
+        values[i] = value * value;
+      }
+      sums[s] = pairwise(values);
+    }
+    return {lanes_sum(pairwise(sums), lanes)};
+  } else {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) values[i] = columns.owns(s) ? to_accumulate(x.slot[s][i]) : A(0);
+      sums[s] = pairwise(values);
+    }
+    const A divisor = count > A(0) ? count : A(1);
+    const A mean = lanes_sum(pairwise(sums), lanes) / divisor;
+    x.forget();
+    A squares[kSlots];
+    A products[V];
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        values[i] = columns.owns(s) ? to_accumulate(x.slot[s][i]) - mean : A(0);
+        products[i] = values[i] * values[i];
+      }
+      sums[s] = pairwise(values);
+      squares[s] = pairwise(products);
+    }
+    const A sum_d = lanes_sum(pairwise(sums), lanes);
+    const A sum_d2 = lanes_sum(pairwise(squares), lanes);
+    return {moments(mean, sum_d, sum_d2, divisor)};
+  }
+}
+
+// y of one slot, with the rounding policy.
+template <class Norm, class T, class P, int V, class A = Accumulate<T>>
+__device__ __forceinline__ void apply_slot(const Columns<T, V>& x, const Columns<P, V>& weight, const Columns<P, V>& bias,
+                                           const RowForwardParams<A>& params, const typename Norm::template Row<A>& row,
+                                           A (&y)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    A xhat = Norm::template normalise<A>(to_accumulate(x[i]), row);
+    if constexpr (Norm::kCentred) {
+      y[i] = Norm::template affine<A>(xhat, to_accumulate(weight[i]), to_accumulate(bias[i]));
+    } else {
+      if (params.args.rounding == Rounding::kLlama) xhat = to_accumulate(from_accumulate<T>(xhat));
+      y[i] = Norm::template affine<A>(xhat, params.weight_offset + to_accumulate(weight[i]), A(0));
+    }
+  }
+}
+
+// Weight and bias of the columns a lane owns. They are loaded before the reduction where there are registers for them, else slot by
+// slot when they are used (from L1 or L2: all rows share them).
+template <class Norm, class T, class P, int V, int kSlots, bool kEarly>
+struct Params {
+  static constexpr int kRegisters = (Norm::kCentred ? 2 : 1) * kSlots * V * sizeof(P) / 4 + kSlots * (V * sizeof(T) + 3) / 4;
+  static constexpr bool kHoist = kEarly && V > 1 && kRegisters <= 96;
+  Tile<P, V, kHoist ? kSlots : 1> weight;
+  Tile<P, V, kHoist ? kSlots : 1> bias;
+
+  template <class A>
+  __device__ __forceinline__ void prefetch(const RowForwardParams<A>& params, const LaneColumns<V>& columns) {
+    if constexpr (kHoist) {
+      weight.load_or(static_cast<const P*>(params.args.weight), columns, params.param_aligned, from_accumulate<P>(A(1)));
+      if constexpr (Norm::kCentred) {
+        bias.load_or(static_cast<const P*>(params.args.bias), columns, params.param_aligned, from_accumulate<P>(A(0)));
+      }
+    }
+  }
+  __device__ __forceinline__ void forget() {
+    if constexpr (kHoist) {
+      weight.forget();
+      if constexpr (Norm::kCentred) bias.forget();
+    }
+  }
+  template <class A>
+  __device__ __forceinline__ void get(const RowForwardParams<A>& params, const LaneColumns<V>& columns, int s,
+                                      Columns<P, V>& w, Columns<P, V>& b) const {
+    if constexpr (kHoist) {
+      w = weight.slot[s];
+      if constexpr (Norm::kCentred) b = bias.slot[s];
+    } else if (columns.owns(s)) {
+      const std::int64_t column = columns.first + columns.offset(s);
+      const P* pw = static_cast<const P*>(params.args.weight);
+      w = load_param<P, V>(pw != nullptr ? pw + column : pw, params.param_aligned, from_accumulate<P>(A(1)));
+      if constexpr (Norm::kCentred) {
+        const P* pb = static_cast<const P*>(params.args.bias);
+        b = load_param<P, V>(pb != nullptr ? pb + column : pb, params.param_aligned, from_accumulate<P>(A(0)));
+      }
+    }
+  }
+};
+
+// Replaces x by y and stores it: as T, or as float32 where the output of a 16-bit norm is.
+template <class Norm, class P, bool kEarly, class T, int V, int kSlots, class A>
+__device__ __forceinline__ void apply_and_store(Tile<T, V, kSlots>& x, Params<Norm, T, P, V, kSlots, kEarly>& weights,
+                                                const RowForwardParams<A>& params,
+                                                const typename Norm::template Row<A>& row, std::int64_t output,
+                                                const LaneColumns<V>& columns) {
+  const bool wide = !Norm::kCentred && sizeof(T) == 2 && params.float_output;
+  x.forget();
+  weights.forget();
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s) {
+    Columns<P, V> weight;
+    Columns<P, V> bias;
+    weights.get(params, columns, s, weight, bias);
+    A y[V];
+    apply_slot<Norm, T, P, V>(x.slot[s], weight, bias, params, row, y);
+    if (wide && columns.owns(s)) {
+      Columns<float, V> out;
+#pragma unroll
+      for (int i = 0; i < V; ++i) out[i] = static_cast<float>(y[i]);
+      float* p = static_cast<float*>(params.args.output) + output + columns.first + columns.offset(s);
+      if (params.output_aligned) {
+        out.template store<true>(p);
+      } else {
+        out.template store<false>(p);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i) x.slot[s][i] = from_accumulate<T>(y[i]);
+  }
+  if (!wide) x.store(static_cast<T*>(params.args.output) + output, columns, params.output_aligned);
+}
+
+template <class Norm, class A>
+__device__ __forceinline__ void save_stats(const RowForwardParams<A>& params, std::int64_t row,
+                                           const typename Norm::template Row<A>& stats) {
+  A* out = static_cast<A*>(params.args.stats);
+  if constexpr (Norm::kCentred) {
+    out[row] = stats.hi;
+    out[params.args.rows + row] = stats.lo;
+    out[2 * params.args.rows + row] = stats.rstd;
+  } else {
+    out[row] = stats.rstd;
+  }
+}
+
+template <class Norm, class T, class P, int V, int kSlots, bool kResidual>
+__global__ void __launch_bounds__(max_warps(sizeof(T)) * 32, 1)
+    row_forward_kernel(const __grid_constant__ RowForwardParams<Accumulate<T>> params) {
+  using A = Accumulate<T>;
+  using Stats = SegmentStats<Norm, A>;
+  const RowForwardArgs& args = params.args;
+  const RowTree& tree = params.tree;
+  const RowMapping& mapping = params.mapping;
+  const bool several = tree.segments > 1;
+
+  // Who: lane `lane` of the lanes that share a row, in team `team` of the block, on segment `segment`.
+  const int lane = static_cast<int>(lane_id()) % tree.lanes;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int team = several ? warp / mapping.warps : static_cast<int>(threadIdx.x) / tree.lanes;
+  const std::int64_t block = blockIdx.x / mapping.blocks_per_row;
+  const std::int64_t segment = several ? static_cast<std::int64_t>(cluster_rank()) * mapping.warps + warp % mapping.warps : 0;
+  const std::int64_t row = block * mapping.rows_at_once + team;
+  const bool active = row < args.rows && segment < tree.segments;
+  const LaneColumns<V> columns = lane_columns<V>(tree, segment, lane, active);
+
+  Params<Norm, T, P, V, kSlots, true> weights;
+  if constexpr (!kResidual) weights.prefetch(params, columns);
+  dependency_wait();
+
+  Tile<T, V, kSlots> x;
+  if (active) load_rows<T, V, kSlots, kResidual>(x, params, row, columns);
+  if constexpr (kResidual) weights.prefetch(params, columns);  // after the sum: the registers of the residual are free again
+  // Shared memory of a peer may be written only once the peer runs; the loads above are in flight meanwhile.
+  if (mapping.blocks_per_row > 1) cluster_barrier();
+
+  const A count = static_cast<A>(active ? tree.count(segment) : 0);
+  const Stats own = segment_stats<Norm>(x, columns, tree.lanes, count);
+
+  typename Norm::template Row<A> stats;
+  if (!several) {
+    stats = merge_single<Norm>(own, tree, params.eps);
+  } else {
+    A* table = reinterpret_cast<A*>(dynamic_smem()) + team * Stats::kValues * tree.segments;
+    if (mapping.blocks_per_row == 1) {
+      if (lane == 0 && active) own.put(table, tree.segments, segment);
+      block_barrier();
+    } else {
+      if (lane < mapping.blocks_per_row && active) {
+        own.put(peer_smem(table, static_cast<unsigned>(lane)), tree.segments, segment);
+      }
+      cluster_barrier();
+    }
+    stats = merge_table<Norm, kClusterLevels>(table, tree, params.eps);
+  }
+  if (!active) return;
+
+  if (args.stats != nullptr && lane == 0 && segment == 0) save_stats<Norm>(params, row, stats);
+  if constexpr (kResidual) {
+    x.store(static_cast<T*>(args.residual_out) + args.residual_out_layout.offset(row), columns, params.output_aligned);
+  }
+  launch_dependents();
+  apply_and_store(x, weights, params, stats, args.output_layout.offset(row), columns);
+}
+
+}  // namespace normext::cuda

@@ -1,0 +1,48 @@
+// What the launchers of the row norms share: the device as tuning.h sees it, and which accesses are legal.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "core/dtypes.h"
+#include "core/views.h"
+#include "cuda/launch.cuh"
+#include "cuda/tuning.h"
+
+namespace normext::cuda {
+
+inline Device describe(int device) {
+  const DeviceLimits& limits = device_limits(device);
+  return {limits.sm_count, limits.max_cluster, limits.smem_per_block};
+}
+
+// NORMEXT_PDL=1: kernels may start before the preceding kernel of the stream ends (programmatic dependent launch, sm_90+).
+inline bool dependent_launch() {
+  static const bool wanted = [] {
+    const char* value = std::getenv("NORMEXT_PDL");
+    return value != nullptr && std::strcmp(value, "1") == 0;
+  }();
+  return wanted;
+}
+
+inline bool is_aligned(const void* p, std::size_t bytes) { return reinterpret_cast<std::uintptr_t>(p) % bytes == 0; }
+
+// Whether every row starts at a multiple of `bytes`.
+inline bool rows_aligned(const void* p, const RowLayout& layout, std::size_t element_size, std::size_t bytes) {
+  if (!is_aligned(p, bytes)) return false;
+  for (int d = 0; d < layout.dims; ++d) {
+    if (layout.extent[d] > 1 && layout.stride[d] * static_cast<std::int64_t>(element_size) % static_cast<std::int64_t>(bytes)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// The widest access used for `vector` elements of `element_size` bytes.
+inline std::size_t access_bytes(int vector, std::size_t element_size) {
+  const std::size_t bytes = vector * element_size;
+  return bytes < 16 ? bytes : 16;
+}
+
+}  // namespace normext::cuda

@@ -1,0 +1,159 @@
+// Which threads compute which part of a row. Plain C++, no CUDA: a mapping never changes a bit of the result (RowTree fixes the
+// order of every sum), so it may depend on the number of rows and on the device, and tests may force any legal one.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+
+#include "core/row_tree.h"
+
+namespace normext::cuda {
+
+enum class RowTier : int {
+  kRegisters,  // the row stays in registers: of lanes of a warp, of a warp, of a block, or of the blocks of a cluster
+  kShared,     // forward only: a block keeps the row in shared memory and its warps take several segments each
+  kSplit,      // several blocks per row, two launches, partial results through the workspace
+};
+
+struct RowMapping {
+  RowTier tier = RowTier::kRegisters;
+  int warps = 1;               // per row and block
+  int rows_at_once = 1;        // rows in flight per block (backward: in different groups of 16 rows of one run)
+  int blocks_per_row = 1;      // the cluster size in kRegisters
+  int segments_per_warp = 1;   // backward, kRegisters: 1 or 2
+};
+
+// Warps per block at most: leaves 128 registers a thread, 255 for float64, enough for every kernel without spills.
+constexpr int max_warps(std::size_t element_size) { return element_size == 8 ? 8 : 16; }
+constexpr int kMaxCluster = 16;
+constexpr int kRunRows = 256;       // backward: rows per run at most, 16 groups of 16
+constexpr int kGroupRows = 16;      // backward: rows added in sequence in registers
+
+struct Device {
+  int sm_count;
+  int max_cluster;       // 1 where clusters do not exist
+  int shared_bytes;      // per block, with opt-in
+};
+
+// Forced mappings, for tests and tuning only: set through normext._C.plan().
+struct RowOverrides {
+  std::optional<RowMapping> forward, backward;
+};
+inline RowOverrides& row_overrides() {
+  static RowOverrides overrides;
+  return overrides;
+}
+
+constexpr int rows_per_warp(const RowTree& tree) { return tree.segments == 1 ? 32 / tree.lanes : 1; }
+
+inline std::size_t forward_shared_bytes(const RowTree& tree, const RowMapping& m, int values, int element_size,
+                                        int accumulate_size) {
+  const std::size_t table = static_cast<std::size_t>(values) * tree.segments * accumulate_size;
+  switch (m.tier) {
+    case RowTier::kRegisters: return tree.segments == 1 ? 0 : table * m.rows_at_once;
+    case RowTier::kShared: return ceil_div(table, 16) * 16 + tree.segments * tree.segment_cols() * element_size;
+    case RowTier::kSplit: return 0;
+  }
+  return 0;
+}
+
+// Rows of up to 16 segments (16384 columns) stay in the registers of one block; wider ones in those of a cluster, else in shared
+// memory, else they are split. None of the thresholds has been tuned on a GPU yet.
+inline RowMapping forward_mapping(const RowTree& tree, std::int64_t rows, int element_size, const Device& device) {
+  const std::int64_t segments = tree.segments;
+  RowMapping m;
+  if (segments == 1) {
+    // Four warps a block hide latency; fewer when that leaves multiprocessors idle.
+    const std::int64_t per_warp = rows_per_warp(tree);
+    const std::int64_t warps = std::clamp<std::int64_t>(rows / (per_warp * device.sm_count), 1, 4);
+    m.rows_at_once = static_cast<int>(warps * per_warp);
+    return m;
+  }
+  int blocks = static_cast<int>(power_of_two_at_least(ceil_div(segments, max_warps(element_size))));
+  // Few wide rows: more blocks a row, so that more multiprocessors share the latency.
+  while (blocks * 2 <= device.max_cluster && blocks < 8 && segments / blocks >= 8 && rows * blocks * 4 <= device.sm_count) {
+    blocks *= 2;
+  }
+  if (blocks <= device.max_cluster) {
+    m.blocks_per_row = blocks;
+    m.warps = static_cast<int>(ceil_div(segments, blocks));
+    m.rows_at_once = blocks == 1 ? std::max(1, 4 / m.warps) : 1;
+    return m;
+  }
+  m.tier = RowTier::kShared;
+  m.warps = max_warps(element_size);
+  if (forward_shared_bytes(tree, m, 3, element_size, element_size == 8 ? 8 : 4) <=
+      static_cast<std::size_t>(device.shared_bytes)) {
+    return m;
+  }
+  m.tier = RowTier::kSplit;
+  m.warps = 8;
+  m.blocks_per_row = static_cast<int>(std::min<std::int64_t>(ceil_div(segments, m.warps), 1 << 16));
+  return m;
+}
+
+// Parameter gradients: the number of contiguous row runs. Depends on the number of rows only.
+constexpr std::int64_t row_runs(std::int64_t rows) {
+  const std::int64_t fine = ceil_div(rows, 8) < 512 ? ceil_div(rows, 8) : 512;
+  const std::int64_t bounded = ceil_div(rows, kRunRows);
+  return fine > bounded ? fine : bounded;
+}
+
+// The first row of a run: runs differ by at most one row.
+NORMEXT_HOST_DEVICE constexpr std::int64_t run_begin(std::int64_t rows, std::int64_t runs, std::int64_t run) {
+  const std::int64_t each = rows / runs;
+  const std::int64_t longer = rows % runs;
+  return run * each + (run < longer ? run : longer);
+}
+
+// Columns of a row that one block of the backward holds.
+NORMEXT_HOST_DEVICE constexpr std::int64_t block_columns(const RowTree& tree, const RowMapping& m) {
+  return tree.segments == 1 ? tree.segment_cols() : m.warps * m.segments_per_warp * tree.segment_cols();
+}
+
+// Values of the buffer through which the warps of a block, or the blocks of a cluster, exchange the sums of a row.
+NORMEXT_HOST_DEVICE constexpr std::int64_t exchange_values(const RowTree& tree, const RowMapping& m) {
+  return tree.segments == 1 || m.tier == RowTier::kSplit ? 0 : 2 * m.rows_at_once * 2 * tree.segments;
+}
+
+inline std::size_t backward_shared_bytes(const RowTree& tree, const RowMapping& m, int accumulate_size) {
+  const std::int64_t copies = m.rows_at_once == 1 ? 1 : 1 + m.rows_at_once;
+  return static_cast<std::size_t>(exchange_values(tree, m) + copies * 2 * block_columns(tree, m)) * accumulate_size;
+}
+
+// Rows of up to 16 segments (4096 columns), or 32 of 16-byte vectors, in one block; wider ones in a cluster, else split. Short rows
+// take several groups of a run at once. None of the thresholds has been tuned on a GPU yet.
+inline RowMapping backward_mapping(const RowTree& tree, std::int64_t rows, int element_size, const Device& device) {
+  const std::int64_t segments = tree.segments;
+  const std::int64_t runs = std::max<std::int64_t>(row_runs(rows), 1);
+  const std::int64_t groups = std::max<std::int64_t>(ceil_div(ceil_div(rows, runs), kGroupRows), 1);
+  RowMapping m;
+  if (segments == 1) {
+    m.rows_at_once = static_cast<int>(std::min<std::int64_t>(groups, max_warps(element_size) * rows_per_warp(tree)));
+    return m;
+  }
+  const bool pairs = element_size < 8 && tree.vector * element_size == 16;
+  const std::int64_t most = max_warps(element_size);
+  if (pairs && segments > most && segments <= 2 * most) m.segments_per_warp = 2;
+  const std::int64_t per_block = most * m.segments_per_warp;
+  std::int64_t blocks = power_of_two_at_least(ceil_div(segments, per_block));
+  // Few runs: more blocks a row, so that more multiprocessors share them.
+  while (m.segments_per_warp == 1 && blocks * 2 <= device.max_cluster && blocks < 8 && segments / blocks >= 4 &&
+         runs * blocks * 4 <= device.sm_count) {
+    blocks *= 2;
+  }
+  if (blocks <= device.max_cluster) {
+    m.blocks_per_row = static_cast<int>(blocks);
+    m.warps = static_cast<int>(ceil_div(segments, blocks * m.segments_per_warp));
+    m.rows_at_once = blocks == 1 ? static_cast<int>(std::clamp<std::int64_t>(8 / m.warps, 1, groups)) : 1;
+    return m;
+  }
+  m.tier = RowTier::kSplit;
+  m.warps = static_cast<int>(most);
+  m.blocks_per_row = static_cast<int>(ceil_div(segments, most));
+  return m;
+}
+
+}  // namespace normext::cuda
