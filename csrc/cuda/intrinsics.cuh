@@ -29,25 +29,48 @@ __device__ __forceinline__ void warp_sync() { __syncwarp(); }
 // Every thread of the block must come, exited ones included.
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 
-// N consecutive elements in at most 16 bytes.
+// N consecutive elements in at most 16 bytes. 16-bit elements are held two to a word, so that a register holds two.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
   static_assert(N > 0 && (N & (N - 1)) == 0 && sizeof(T) * N <= 16, "a pack is 1, 2, 4, 8 or 16 bytes");
-  T data[N];
+  static constexpr bool kPaired = sizeof(T) == 2 && N >= 2;
+  using Unit = std::conditional_t<kPaired, std::uint32_t, T>;
+  static constexpr int kUnits = kPaired ? N / 2 : N;
+  Unit unit[kUnits];
+
+  __device__ __forceinline__ T get(int i) const {
+    if constexpr (kPaired) {
+      return T{static_cast<std::uint16_t>(unit[i / 2] >> (i % 2 * 16))};
+    } else {
+      return unit[i];
+    }
+  }
 };
+
+template <class T>
+__device__ __forceinline__ std::uint32_t pair_of(T low, T high) {
+  return low.bits | static_cast<std::uint32_t>(high.bits) << 16;
+}
 
 // N accesses of one element each, for pointers aligned to T only.
 template <class T, int N>
 __device__ __forceinline__ Pack<T, N> load_elements(const T* p) {
-  Pack<T, N> pack;
+  using P = Pack<T, N>;
+  P pack;
 #pragma unroll
-  for (int i = 0; i < N; ++i) pack.data[i] = p[i];
+  for (int i = 0; i < P::kUnits; ++i) {
+    if constexpr (P::kPaired) {
+      pack.unit[i] = pair_of(p[2 * i], p[2 * i + 1]);
+    } else {
+      pack.unit[i] = p[i];
+    }
+  }
   return pack;
 }
 template <class T, int N>
 __device__ __forceinline__ void store_elements(T* p, Pack<T, N> pack) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) p[i] = pack.data[i];
+  for (int i = 0; i < N; ++i) p[i] = pack.get(i);
 }
 
 __device__ __forceinline__ float to_accumulate(float x) { return x; }
@@ -85,8 +108,12 @@ __device__ __forceinline__ void store_pack(T* p, Pack<T, N> pack) {
 
 __device__ __forceinline__ float to_accumulate(Half x) { return to_float(x); }
 __device__ __forceinline__ float to_accumulate(BFloat16 x) { return to_float(x); }
-template <class T, int N>
-__device__ __forceinline__ void forget_derived(Pack<T, N>&) {}
+template <class T>
+__device__ __forceinline__ std::uint32_t pair_from_accumulate(float low, float high) {
+  return pair_of(FromFloat<T>::convert(low), FromFloat<T>::convert(high));
+}
+template <class Unit>
+__device__ __forceinline__ void forget_derived(Unit&) {}
 template <class T, class A>
 __device__ __forceinline__ T from_accumulate(A x) {
   if constexpr (sizeof(T) == 2) {
@@ -199,22 +226,14 @@ __device__ __forceinline__ void store_pack(T* p, Pack<T, N> pack) {
   *reinterpret_cast<Access*>(p) = bits;
 }
 
-// Nothing computed from the pack is kept in registers across this point: it is converted again instead, which is cheaper
-// than the registers that float copies of a packed row would hold.
-template <class T, int N>
-__device__ __forceinline__ void forget_derived(Pack<T, N>& pack) {
-  if constexpr (sizeof(Pack<T, N>) >= 4) {
-    unsigned words[sizeof(Pack<T, N>) / 4];
-    memcpy(words, &pack, sizeof(pack));
-#pragma unroll
-    for (unsigned& word : words) asm volatile("" : "+r"(word));
-    memcpy(&pack, words, sizeof(pack));
-  } else {
-    unsigned short bits;
-    memcpy(&bits, &pack, sizeof(pack));
-    asm volatile("" : "+h"(bits));
-    memcpy(&pack, &bits, sizeof(pack));
-  }
+// Nothing computed from the unit is kept in registers across this point: it is computed again instead, which is cheaper than
+// the registers that copies of a whole row would hold.
+__device__ __forceinline__ void forget_derived(std::uint32_t& word) { asm volatile("" : "+r"(word)); }
+__device__ __forceinline__ void forget_derived(float& value) { asm volatile("" : "+f"(value)); }
+__device__ __forceinline__ void forget_derived(double& value) { asm volatile("" : "+d"(value)); }
+template <class T>
+__device__ __forceinline__ void forget_derived(T& half) {
+  asm volatile("" : "+h"(half.bits));
 }
 
 __device__ __forceinline__ float to_accumulate(Half x) {
@@ -228,7 +247,19 @@ __device__ __forceinline__ float to_accumulate(BFloat16 x) {
   return value;
 }
 
-// Rounds to nearest even and keeps subnormals. Two neighbours of a pack become one instruction (F2FP...PACK_AB).
+// Two neighbours of a pack in one instruction.
+template <class T>
+__device__ __forceinline__ std::uint32_t pair_from_accumulate(float low, float high) {
+  std::uint32_t word;
+  if constexpr (std::is_same_v<T, Half>) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+}
+
+// Rounds to nearest even and keeps subnormals.
 template <class T, class A>
 __device__ __forceinline__ T from_accumulate(A x) {
   if constexpr (sizeof(T) == 2) {
@@ -246,5 +277,32 @@ __device__ __forceinline__ T from_accumulate(A x) {
 }
 
 #endif
+
+// Element i as Accumulate<T>.
+template <class T, int N>
+__device__ __forceinline__ Accumulate<T> accumulate_at(const Pack<T, N>& pack, int i) {
+  if constexpr (Pack<T, N>::kPaired && std::is_same_v<T, BFloat16>) {
+    const std::uint32_t word = pack.unit[i / 2];
+    return bits_to_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
+  } else {
+    return to_accumulate(pack.get(i));
+  }
+}
+
+// values[0..N) rounded to T.
+template <class T, int N, class A>
+__device__ __forceinline__ Pack<T, N> pack_from_accumulate(const A* values) {
+  using P = Pack<T, N>;
+  P pack;
+#pragma unroll
+  for (int i = 0; i < P::kUnits; ++i) {
+    if constexpr (P::kPaired) {
+      pack.unit[i] = pair_from_accumulate<T>(values[2 * i], values[2 * i + 1]);
+    } else {
+      pack.unit[i] = from_accumulate<T>(values[i]);
+    }
+  }
+  return pack;
+}
 
 }  // namespace normext::cuda

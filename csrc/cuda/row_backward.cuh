@@ -82,13 +82,13 @@ struct BackwardSegment {
       }
     }
 #pragma unroll
-    for (int i = 0; i < V; ++i) out[i] = to_accumulate(dy.slot[s][i]);
+    for (int i = 0; i < V; ++i) out[i] = dy.slot[s][i];
   }
 };
 
 template <class Norm, class A, class P, int V>
 __device__ __forceinline__ A weight_value(const RowBackwardParams<A>& params, const Columns<P, V>& weight, int i) {
-  return Norm::kCentred ? to_accumulate(weight[i]) : params.weight_offset + to_accumulate(weight[i]);
+  return Norm::kCentred ? weight[i] : params.weight_offset + weight[i];
 }
 
 template <class A>
@@ -101,6 +101,20 @@ template <class A>
 __device__ __forceinline__ void put_sums(A* table, std::int64_t segments, std::int64_t s, RowSums<A> sums) {
   table[s] = sums.g;
   table[segments + s] = sums.gx;
+}
+
+// Every warp's sums into the table of its block, or of all `blocks` blocks of the cluster. The caller alternates between two
+// tables, so one barrier per row is enough.
+template <class A>
+__device__ __forceinline__ void exchange_sums(A* table, std::int64_t segments, std::int64_t segment, int lane, int blocks,
+                                              RowSums<A> sums) {
+  if (blocks > 1) {
+    if (lane < blocks && segment < segments) put_sums(peer_smem(table, static_cast<unsigned>(lane)), segments, segment, sums);
+    cluster_barrier();
+  } else {
+    if (lane == 0 && segment < segments) put_sums(table, segments, segment, sums);
+    block_barrier();
+  }
 }
 
 // Sums over all segments, pairwise in index order, by one whole warp.
@@ -127,7 +141,7 @@ __device__ __forceinline__ RowSums<A> lane_sums(const BackwardSegment<Norm, T, V
     segment.grad_output(params, row, columns, s, dy);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const A xhat = Norm::template normalise<A>(to_accumulate(segment.x.slot[s][i]), stats);
+      const A xhat = Norm::template normalise<A>(segment.x.slot[s][i], stats);
       const A value = dy[i] * weight_value<Norm>(params, weight.slot[s], i);
       gs[i] = columns.owns(s) ? value : A(0);
       products[i] = columns.owns(s) ? value * xhat : A(0);
@@ -146,19 +160,22 @@ __device__ __forceinline__ void finish_segment(BackwardSegment<Norm, T, V, kSlot
                                                const typename Norm::template Row<A>& stats, RowSums<A> mean,
                                                ParamGrad<A, V, kSlots>& grads) {
   const RowBackwardArgs& args = params.args;
+  segment.x.forget();
+  segment.dy.forget();
   Tile<T, V, kSlots> residual;
   if (args.grad_input != nullptr) {
     const T* p = static_cast<const T*>(args.grad_residual_out);
     if (p != nullptr) p += args.grad_residual_out_layout.offset(row);
-    residual.load_or(p, columns, params.grad_residual_aligned, from_accumulate<T>(A(0)));
+    residual.load_or(p, columns, params.grad_residual_aligned, 0.0f);
   }
 #pragma unroll
   for (int s = 0; s < kSlots; ++s) {
     A dy[V];
+    A dx[V];
     segment.grad_output(params, row, columns, s, dy);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const A xhat = Norm::template normalise<A>(to_accumulate(segment.x.slot[s][i]), stats);
+      const A xhat = Norm::template normalise<A>(segment.x.slot[s][i], stats);
       const A g = dy[i] * weight_value<Norm>(params, weight.slot[s], i);
       A scaled = xhat;
       if constexpr (!Norm::kCentred) {
@@ -168,9 +185,9 @@ __device__ __forceinline__ void finish_segment(BackwardSegment<Norm, T, V, kSlot
         grads.weight[s][i] = fma(dy[i], scaled, grads.weight[s][i]);
         if constexpr (Norm::kCentred) grads.bias[s][i] = grads.bias[s][i] + dy[i];
       }
-      const A dx = Norm::template gradient<A>(g, xhat, stats, mean.g, mean.gx);
-      segment.x.slot[s][i] = from_accumulate<T>(dx + to_accumulate(residual.slot[s][i]));
+      dx[i] = Norm::template gradient<A>(g, xhat, stats, mean.g, mean.gx) + residual.slot[s][i];
     }
+    segment.x.slot[s].assign(dx);
   }
   if (args.grad_input != nullptr) {
     segment.x.store(static_cast<T*>(args.grad_input) + row * args.cols, columns, params.grad_input_aligned);
@@ -210,24 +227,20 @@ __device__ __forceinline__ void fold(A* total, A value, bool first) {
 }
 
 // After every 16 rows: the groups' sums into the block's totals, in index order.
-template <class Norm, int V, int kSlots, int kSegments, class A>
+template <class Norm, int V, int kSlots, class A>
 __device__ __forceinline__ void fold_groups(const BackwardShared<A>& shared, const RowMapping& mapping,
-                                            const ParamGrad<A, V, kSlots> (&grads)[kSegments],
-                                            const LaneColumns<V> (&columns)[kSegments], std::int64_t block_start, int team,
-                                            int groups, bool first) {
+                                            const ParamGrad<A, V, kSlots>& grads, const LaneColumns<V>& columns,
+                                            std::int64_t block_start, int team, int groups, bool first) {
   const bool alone = mapping.rows_at_once == 1;
   A* mine = alone ? shared.total : shared.group + team * 2 * shared.columns;
 #pragma unroll
-  for (int j = 0; j < kSegments; ++j) {
+  for (int s = 0; s < kSlots; ++s) {
+    if (!columns.owns(s)) continue;
+    A* place = mine + (columns.first + columns.offset(s) - block_start);
 #pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
-      if (!columns[j].owns(s)) continue;
-      A* place = mine + (columns[j].first + columns[j].offset(s) - block_start);
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        fold(place + i, grads[j].weight[s][i], first || !alone);
-        if constexpr (Norm::kCentred) fold(place + shared.columns + i, grads[j].bias[s][i], first || !alone);
-      }
+    for (int i = 0; i < V; ++i) {
+      fold(place + i, grads.weight[s][i], first || !alone);
+      if constexpr (Norm::kCentred) fold(place + shared.columns + i, grads.bias[s][i], first || !alone);
     }
   }
   if (alone) return;
@@ -239,7 +252,7 @@ __device__ __forceinline__ void fold_groups(const BackwardShared<A>& shared, con
   block_barrier();
 }
 
-template <class Norm, class T, class P, int V, int kSegments>
+template <class Norm, class T, class P, int V>
 __global__ void __launch_bounds__(max_warps(sizeof(T)) * 32, 1)
     row_backward_kernel(const __grid_constant__ RowBackwardParams<Accumulate<T>> params) {
   using A = Accumulate<T>;
@@ -266,72 +279,46 @@ __global__ void __launch_bounds__(max_warps(sizeof(T)) * 32, 1)
   const std::int64_t block_start = part * shared.columns;
   const bool in_team = team < mapping.rows_at_once;
 
-  std::int64_t segment[kSegments];
-  LaneColumns<V> columns[kSegments];
-  Tile<P, V, kSlots> weight[kSegments];
-#pragma unroll
-  for (int j = 0; j < kSegments; ++j) {
-    segment[j] = several ? (part * mapping.warps + warp % mapping.warps) * kSegments + j : 0;
-    columns[j] = lane_columns<V>(tree, segment[j], lane, in_team && segment[j] < tree.segments);
-    weight[j].load_or(static_cast<const P*>(args.weight), columns[j], params.weight_aligned, from_accumulate<P>(A(1)));
-  }
+  const std::int64_t segment = several ? part * mapping.warps + warp % mapping.warps : 0;
+  const LaneColumns<V> columns = lane_columns<V>(tree, segment, lane, in_team && segment < tree.segments);
+  Tile<P, V, kSlots> weight;
+  weight.load_or(static_cast<const P*>(args.weight), columns, params.weight_aligned, 1.0f);
   dependency_wait();
   if (cluster) cluster_barrier();  // shared memory of a peer may be written only once the peer runs
 
   int parity = 0;
   for (int base = 0; base < groups; base += mapping.rows_at_once) {
-    ParamGrad<A, V, kSlots> grads[kSegments];
-#pragma unroll
-    for (int j = 0; j < kSegments; ++j) grads[j].clear();
+    ParamGrad<A, V, kSlots> grads;
+    grads.clear();
     const int first_row = (base + team) * kGroupRows;
     for (int r = 0; r < kGroupRows && base * kGroupRows + r < run_rows; ++r) {
       const bool active = in_team && first_row + r < run_rows;
       const std::int64_t row = run_start + (active ? first_row + r : 0);
-      BackwardSegment<Norm, T, V, kSlots> data[kSegments];
-      LaneColumns<V> here[kSegments];
-#pragma unroll
-      for (int j = 0; j < kSegments; ++j) {
-        here[j] = columns[j];
-        if (!active) here[j].left = 0;
-        data[j].load(params, row, here[j]);
-      }
+      LaneColumns<V> here = columns;
+      if (!active) here.left = 0;
+      BackwardSegment<Norm, T, V, kSlots> data;
+      data.load(params, row, here);
       const Row stats = saved_row<Norm, A>(args, row);
       RowSums<A> sums{A(0), A(0)};
       if (sums_wanted) {
-        A* exchange = shared.exchange + (parity * mapping.rows_at_once + team) * 2 * tree.segments;
-#pragma unroll
-        for (int j = 0; j < kSegments; ++j) {
-          sums = lane_sums<Norm>(data[j], weight[j], params, row, here[j], stats);
-          if constexpr (Norm::kCentred) sums.g = lanes_sum(sums.g, tree.lanes);
-          sums.gx = lanes_sum(sums.gx, tree.lanes);
-          if (!several || segment[j] >= tree.segments) continue;
-          if (params.phase == BackwardPhase::kSums) {
-            if (lane == 0 && active) put_sums(params.row_sums + row * 2 * tree.segments, tree.segments, segment[j], sums);
-          } else if (cluster) {
-            if (lane < mapping.blocks_per_row) {
-              put_sums(peer_smem(exchange, static_cast<unsigned>(lane)), tree.segments, segment[j], sums);
-            }
-          } else if (lane == 0) {
-            put_sums(exchange, tree.segments, segment[j], sums);
-          }
+        sums = lane_sums<Norm>(data, weight, params, row, here, stats);
+        if constexpr (Norm::kCentred) sums.g = lanes_sum(sums.g, tree.lanes);
+        sums.gx = lanes_sum(sums.gx, tree.lanes);
+        if (params.phase == BackwardPhase::kSums) {
+          if (lane == 0 && here.left > 0) put_sums(params.row_sums + row * 2 * tree.segments, tree.segments, segment, sums);
+          continue;
         }
-        if (params.phase == BackwardPhase::kSums) continue;
-        if (cluster) {
-          cluster_barrier();
-        } else if (several) {
-          block_barrier();
+        if (several) {
+          A* table = shared.exchange + (parity * mapping.rows_at_once + team) * 2 * tree.segments;
+          exchange_sums(table, tree.segments, segment, lane, cluster ? mapping.blocks_per_row : 1, sums);
+          sums = merge_sums<Norm, kClusterLevels>(table, tree.segments);
+          parity ^= 1;
         }
-        if (several) sums = merge_sums<Norm, kClusterLevels>(exchange, tree.segments);
-        parity ^= 1;
       } else if (args.grad_input != nullptr) {
         sums = merge_sums<Norm, kSplitLevels>(params.row_sums + row * 2 * tree.segments, tree.segments);
       }
       const A cols = static_cast<A>(tree.cols);
-      const RowSums<A> mean{sums.g / cols, sums.gx / cols};
-#pragma unroll
-      for (int j = 0; j < kSegments; ++j) {
-        finish_segment<Norm>(data[j], weight[j], params, row, here[j], stats, mean, grads[j]);
-      }
+      finish_segment<Norm>(data, weight, params, row, here, stats, {sums.g / cols, sums.gx / cols}, grads);
     }
     if (params_wanted) {
       fold_groups<Norm>(shared, mapping, grads, columns, block_start, team,

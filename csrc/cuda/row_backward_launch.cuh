@@ -62,7 +62,7 @@ RowBackwardParams<A> row_backward_params(const RowBackwardArgs& args, const RowB
   return params;
 }
 
-template <class Norm, class T, class P, int V, int kSegments>
+template <class Norm, class T, class P, int V>
 void launch_backward(RowBackwardParams<Accumulate<T>> params, void* stream) {
   const RowMapping& m = params.mapping;
   const bool several = params.tree.segments > 1;
@@ -73,7 +73,7 @@ void launch_backward(RowBackwardParams<Accumulate<T>> params, void* stream) {
   shape.smem = backward_shared_bytes(params.tree, m, sizeof(Accumulate<T>));
   shape.cluster = split ? 1 : m.blocks_per_row;
   shape.dependent = dependent_launch();
-  const auto kernel = row_backward_kernel<Norm, T, P, V, kSegments>;
+  const auto kernel = row_backward_kernel<Norm, T, P, V>;
   if (split && params.args.grad_input != nullptr) {
     params.phase = BackwardPhase::kSums;
     launch(kernel, shape, stream, params);
@@ -88,10 +88,7 @@ void launch_backward_vector(const RowBackwardParams<Accumulate<T>>& params, void
     if constexpr (V > 1) launch_backward_vector<Norm, T, P, V / 2>(params, stream);
     return;
   }
-  if constexpr (V * sizeof(T) == 16 && sizeof(T) < 8) {
-    if (params.mapping.segments_per_warp == 2) return launch_backward<Norm, T, P, V, 2>(params, stream);
-  }
-  launch_backward<Norm, T, P, V, 1>(params, stream);
+  launch_backward<Norm, T, P, V>(params, stream);
 }
 
 template <class Norm>

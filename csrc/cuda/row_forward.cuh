@@ -31,14 +31,6 @@ struct RowForwardParams {
   bool statistics, apply;  // row_wide.cuh: which of its two phases this launch runs
 };
 
-// input + alpha * residual with one rounding to T.
-template <class T, class A>
-__device__ __forceinline__ T add_residual(T input, T residual, A alpha) {
-  const A x = to_accumulate(input);
-  const A r = to_accumulate(residual);
-  return from_accumulate<T>(alpha == A(1) ? x + r : fma(alpha, r, x));
-}
-
 // Loads this lane's columns of x; with a residual, adds it and stores the sum.
 template <class T, int V, int kSlots, bool kResidual, class A>
 __device__ __forceinline__ void load_rows(Tile<T, V, kSlots>& x, const RowForwardParams<A>& params, std::int64_t row,
@@ -51,8 +43,12 @@ __device__ __forceinline__ void load_rows(Tile<T, V, kSlots>& x, const RowForwar
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
       if (!columns.owns(s)) continue;
+      A sum[V];
 #pragma unroll
-      for (int i = 0; i < V; ++i) x.slot[s][i] = add_residual(x.slot[s][i], r.slot[s][i], params.alpha);
+      for (int i = 0; i < V; ++i) {
+        sum[i] = params.alpha == A(1) ? x.slot[s][i] + r.slot[s][i] : fma(params.alpha, r.slot[s][i], x.slot[s][i]);
+      }
+      x.slot[s].assign(sum);
     }
   }
 }
@@ -68,7 +64,7 @@ __device__ __forceinline__ SegmentStats<Norm, A> segment_stats(Tile<T, V, kSlots
     for (int s = 0; s < kSlots; ++s) {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const A value = columns.owns(s) ? to_accumulate(x.slot[s][i]) : A(0);
+        const A value = columns.owns(s) ? x.slot[s][i] : A(0);
         values[i] = value * value;
       }
       sums[s] = pairwise(values);
@@ -78,7 +74,7 @@ __device__ __forceinline__ SegmentStats<Norm, A> segment_stats(Tile<T, V, kSlots
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) values[i] = columns.owns(s) ? to_accumulate(x.slot[s][i]) : A(0);
+      for (int i = 0; i < V; ++i) values[i] = columns.owns(s) ? x.slot[s][i] : A(0);
       sums[s] = pairwise(values);
     }
     const A divisor = count > A(0) ? count : A(1);
@@ -90,7 +86,7 @@ __device__ __forceinline__ SegmentStats<Norm, A> segment_stats(Tile<T, V, kSlots
     for (int s = 0; s < kSlots; ++s) {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        values[i] = columns.owns(s) ? to_accumulate(x.slot[s][i]) - mean : A(0);
+        values[i] = columns.owns(s) ? x.slot[s][i] - mean : A(0);
         products[i] = values[i] * values[i];
       }
       sums[s] = pairwise(values);
@@ -109,12 +105,12 @@ __device__ __forceinline__ void apply_slot(const Columns<T, V>& x, const Columns
                                            A (&y)[V]) {
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    A xhat = Norm::template normalise<A>(to_accumulate(x[i]), row);
+    A xhat = Norm::template normalise<A>(x[i], row);
     if constexpr (Norm::kCentred) {
-      y[i] = Norm::template affine<A>(xhat, to_accumulate(weight[i]), to_accumulate(bias[i]));
+      y[i] = Norm::template affine<A>(xhat, weight[i], bias[i]);
     } else {
       if (params.args.rounding == Rounding::kLlama) xhat = to_accumulate(from_accumulate<T>(xhat));
-      y[i] = Norm::template affine<A>(xhat, params.weight_offset + to_accumulate(weight[i]), A(0));
+      y[i] = Norm::template affine<A>(xhat, params.weight_offset + weight[i], A(0));
     }
   }
 }
@@ -131,9 +127,9 @@ struct Params {
   template <class A>
   __device__ __forceinline__ void prefetch(const RowForwardParams<A>& params, const LaneColumns<V>& columns) {
     if constexpr (kHoist) {
-      weight.load_or(static_cast<const P*>(params.args.weight), columns, params.param_aligned, from_accumulate<P>(A(1)));
+      weight.load_or(static_cast<const P*>(params.args.weight), columns, params.param_aligned, 1.0f);
       if constexpr (Norm::kCentred) {
-        bias.load_or(static_cast<const P*>(params.args.bias), columns, params.param_aligned, from_accumulate<P>(A(0)));
+        bias.load_or(static_cast<const P*>(params.args.bias), columns, params.param_aligned, 0.0f);
       }
     }
   }
@@ -152,10 +148,10 @@ struct Params {
     } else if (columns.owns(s)) {
       const std::int64_t column = columns.first + columns.offset(s);
       const P* pw = static_cast<const P*>(params.args.weight);
-      w = load_param<P, V>(pw != nullptr ? pw + column : pw, params.param_aligned, from_accumulate<P>(A(1)));
+      w = load_param<P, V>(pw != nullptr ? pw + column : pw, params.param_aligned, 1.0f);
       if constexpr (Norm::kCentred) {
         const P* pb = static_cast<const P*>(params.args.bias);
-        b = load_param<P, V>(pb != nullptr ? pb + column : pb, params.param_aligned, from_accumulate<P>(A(0)));
+        b = load_param<P, V>(pb != nullptr ? pb + column : pb, params.param_aligned, 0.0f);
       }
     }
   }
@@ -179,8 +175,7 @@ __device__ __forceinline__ void apply_and_store(Tile<T, V, kSlots>& x, Params<No
     apply_slot<Norm, T, P, V>(x.slot[s], weight, bias, params, row, y);
     if (wide && columns.owns(s)) {
       Columns<float, V> out;
-#pragma unroll
-      for (int i = 0; i < V; ++i) out[i] = static_cast<float>(y[i]);
+      out.assign(y);
       float* p = static_cast<float*>(params.args.output) + output + columns.first + columns.offset(s);
       if (params.output_aligned) {
         out.template store<true>(p);
@@ -188,8 +183,7 @@ __device__ __forceinline__ void apply_and_store(Tile<T, V, kSlots>& x, Params<No
         out.template store<false>(p);
       }
     }
-#pragma unroll
-    for (int i = 0; i < V; ++i) x.slot[s][i] = from_accumulate<T>(y[i]);
+    x.slot[s].assign(y);
   }
   if (!wide) x.store(static_cast<T*>(params.args.output) + output, columns, params.output_aligned);
 }

@@ -30,8 +30,18 @@ struct Columns {
   static constexpr int kPack = V * sizeof(T) <= 16 ? V : 16 / static_cast<int>(sizeof(T));
   Pack<T, kPack> pack[V / kPack];
 
-  __device__ __forceinline__ T operator[](int i) const { return pack[i / kPack].data[i % kPack]; }
-  __device__ __forceinline__ T& operator[](int i) { return pack[i / kPack].data[i % kPack]; }
+  __device__ __forceinline__ Accumulate<T> operator[](int i) const { return accumulate_at(pack[i / kPack], i % kPack); }
+  template <class A>
+  __device__ __forceinline__ void assign(const A (&values)[V]) {
+#pragma unroll
+    for (int i = 0; i < V / kPack; ++i) pack[i] = pack_from_accumulate<T, kPack>(values + i * kPack);
+  }
+  __device__ __forceinline__ void fill(float value) {
+    Accumulate<T> values[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) values[i] = value;
+    assign(values);
+  }
 
   template <bool kAligned>
   __device__ __forceinline__ void load(const T* p) {
@@ -55,11 +65,10 @@ struct Columns {
 
 // V columns of a parameter that may be absent: all are then `absent`. `p` points at the first of them, or is null.
 template <class P, int V>
-__device__ __forceinline__ Columns<P, V> load_param(const P* p, bool aligned, P absent) {
+__device__ __forceinline__ Columns<P, V> load_param(const P* p, bool aligned, float absent) {
   Columns<P, V> out;
   if (p == nullptr) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) out[i] = absent;
+    out.fill(absent);
   } else if (V == 1 || aligned) {
     out.template load<true>(p);
   } else {
@@ -72,13 +81,14 @@ template <class T, int V, int kSlots>
 struct Tile {
   Columns<T, V> slot[kSlots];
 
-  // Between two passes over packed 16-bit values.
+  // Between two passes over the tile: see forget_derived.
   __device__ __forceinline__ void forget() {
-    if constexpr (sizeof(T) == 2) {
 #pragma unroll
-      for (int s = 0; s < kSlots; ++s) {
+    for (int s = 0; s < kSlots; ++s) {
 #pragma unroll
-        for (auto& pack : slot[s].pack) forget_derived(pack);
+      for (auto& pack : slot[s].pack) {
+#pragma unroll
+        for (auto& unit : pack.unit) forget_derived(unit);
       }
     }
   }
@@ -92,13 +102,10 @@ struct Tile {
     }
   }
   // Parameters that may be absent: all columns are then `absent`.
-  __device__ __forceinline__ void load_or(const T* row, const LaneColumns<V>& columns, bool aligned, T absent) {
+  __device__ __forceinline__ void load_or(const T* row, const LaneColumns<V>& columns, bool aligned, float absent) {
     if (row != nullptr) return load(row, columns, aligned);
 #pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
-#pragma unroll
-      for (int i = 0; i < V; ++i) slot[s][i] = absent;
-    }
+    for (int s = 0; s < kSlots; ++s) slot[s].fill(absent);
   }
   __device__ __forceinline__ void store(T* row, const LaneColumns<V>& columns, bool aligned) const {
     if (V == 1 || aligned) {

@@ -22,7 +22,6 @@ struct RowMapping {
   int warps = 1;               // per row and block
   int rows_at_once = 1;        // rows in flight per block (backward: in different groups of 16 rows of one run)
   int blocks_per_row = 1;      // the cluster size in kRegisters
-  int segments_per_warp = 1;   // backward, kRegisters: 1 or 2
 };
 
 // Warps per block at most: leaves 128 registers a thread, 255 for float64, enough for every kernel without spills.
@@ -110,7 +109,7 @@ NORMEXT_HOST_DEVICE constexpr std::int64_t run_begin(std::int64_t rows, std::int
 
 // Columns of a row that one block of the backward holds.
 NORMEXT_HOST_DEVICE constexpr std::int64_t block_columns(const RowTree& tree, const RowMapping& m) {
-  return tree.segments == 1 ? tree.segment_cols() : m.warps * m.segments_per_warp * tree.segment_cols();
+  return tree.segments == 1 ? tree.segment_cols() : m.warps * tree.segment_cols();
 }
 
 // Values of the buffer through which the warps of a block, or the blocks of a cluster, exchange the sums of a row.
@@ -123,8 +122,8 @@ inline std::size_t backward_shared_bytes(const RowTree& tree, const RowMapping& 
   return static_cast<std::size_t>(exchange_values(tree, m) + copies * 2 * block_columns(tree, m)) * accumulate_size;
 }
 
-// Rows of up to 16 segments (4096 columns), or 32 of 16-byte vectors, in one block; wider ones in a cluster, else split. Short rows
-// take several groups of a run at once. None of the thresholds has been tuned on a GPU yet.
+// Rows of up to 16 segments (4096 columns) in one block; wider ones in a cluster, else split. Two segments per warp would double
+// the width of a block but spill. Rows of few segments take several groups of a run at once. None of the thresholds has been tuned on a GPU yet.
 inline RowMapping backward_mapping(const RowTree& tree, std::int64_t rows, int element_size, const Device& device) {
   const std::int64_t segments = tree.segments;
   const std::int64_t runs = std::max<std::int64_t>(row_runs(rows), 1);
@@ -134,19 +133,15 @@ inline RowMapping backward_mapping(const RowTree& tree, std::int64_t rows, int e
     m.rows_at_once = static_cast<int>(std::min<std::int64_t>(groups, max_warps(element_size) * rows_per_warp(tree)));
     return m;
   }
-  const bool pairs = element_size < 8 && tree.vector * element_size == 16;
   const std::int64_t most = max_warps(element_size);
-  if (pairs && segments > most && segments <= 2 * most) m.segments_per_warp = 2;
-  const std::int64_t per_block = most * m.segments_per_warp;
-  std::int64_t blocks = power_of_two_at_least(ceil_div(segments, per_block));
+  std::int64_t blocks = power_of_two_at_least(ceil_div(segments, most));
   // Few runs: more blocks a row, so that more multiprocessors share them.
-  while (m.segments_per_warp == 1 && blocks * 2 <= device.max_cluster && blocks < 8 && segments / blocks >= 4 &&
-         runs * blocks * 4 <= device.sm_count) {
+  while (blocks * 2 <= device.max_cluster && blocks < 8 && segments / blocks >= 4 && runs * blocks * 4 <= device.sm_count) {
     blocks *= 2;
   }
   if (blocks <= device.max_cluster) {
     m.blocks_per_row = static_cast<int>(blocks);
-    m.warps = static_cast<int>(ceil_div(segments, blocks * m.segments_per_warp));
+    m.warps = static_cast<int>(ceil_div(segments, blocks));
     m.rows_at_once = blocks == 1 ? static_cast<int>(std::clamp<std::int64_t>(8 / m.warps, 1, groups)) : 1;
     return m;
   }
