@@ -1,0 +1,199 @@
+// Chooses the instruction set once, and decides how a call is divided: what threads share, and how parameter gradients are summed.
+// Thread counts decide only who does the work; everything that shapes a sum is computed from the shape of the input.
+
+#include "cpu/isa.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "core/dtypes.h"
+#include "core/error.h"
+#include "cpu/row_kernels.h"
+
+namespace normext {
+
+namespace scalar {
+extern const cpu::IsaKernels kKernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const cpu::IsaKernels kKernels;
+}
+namespace avx512 {
+extern const cpu::IsaKernels kKernels;
+}
+#elif defined(__aarch64__)
+namespace neon {
+extern const cpu::IsaKernels kKernels;
+}
+#endif
+
+namespace cpu {
+namespace {
+
+std::vector<const IsaKernels*> available_kernels() {
+  std::vector<const IsaKernels*> list = {&scalar::kKernels};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (has_avx2) list.push_back(&avx2::kKernels);
+  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    list.push_back(&avx512::kKernels);
+  }
+#elif defined(__aarch64__)
+  list.push_back(&neon::kKernels);
+#endif
+  return list;
+}
+
+const IsaKernels& choose_kernels() {
+  const std::vector<const IsaKernels*> list = available_kernels();
+  const char* wanted = std::getenv("NORMEXT_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return *list.back();
+  std::string names;
+  for (const IsaKernels* kernels : list) {
+    if (std::strcmp(kernels->name, wanted) == 0) return *kernels;
+    names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+  }
+  fail("NORMEXT_CPU_ISA: expected one of " + names + ", got " + wanted);
+}
+
+const IsaKernels& kernels() {
+  static const IsaKernels& chosen = choose_kernels();
+  return chosen;
+}
+
+// Waking the pool costs some microseconds, in which one core moves this much.
+constexpr std::int64_t kSerialBytes = 192 * 1024;
+// Rows times columns that a thread works on between two barriers; x and dy of them stay in L2.
+constexpr std::int64_t kChunkBytes = 1 << 20;
+// Rows of a block share one pass over the accumulators as long as x and dy of the block stay in L2.
+constexpr std::int64_t kBlockRows = 4;
+constexpr std::int64_t kBlockCols = 32768;
+
+std::int64_t segments_of(std::int64_t cols) { return (cols + kSegment - 1) / kSegment; }
+
+Parallel threads_for(const Parallel& parallel, std::int64_t bytes) {
+  return parallel.run == nullptr || bytes < kSerialBytes ? Parallel{} : parallel;
+}
+
+std::int64_t run_count(std::int64_t rows) {
+  return rows >= 8192 ? kMaxRuns : std::clamp<std::int64_t>(rows / 32, 1, 64);
+}
+
+// All that decides the order of sums over rows.
+BackwardPlan backward_tree(const RowBackwardArgs& args) {
+  BackwardPlan plan;
+  plan.padded_cols = (args.cols + kMaxUnit - 1) / kMaxUnit * kMaxUnit;
+  plan.block = args.cols <= kBlockCols ? kBlockRows : 1;
+  // Rows that are handled between two barriers when threads share columns: whole blocks.
+  const std::int64_t row_bytes = std::max<std::int64_t>(args.cols, 1) * 2 * static_cast<std::int64_t>(size_of(args.dtype));
+  plan.chunk = std::max(kBlockRows, 2 * kChunkBytes / row_bytes / kBlockRows * kBlockRows);
+  plan.chunk = std::min(plan.chunk, std::max<std::int64_t>(args.rows, 1));
+  if (args.grad_weight == nullptr && args.grad_bias == nullptr) return plan;
+  plan.runs = run_count(args.rows);
+  const std::int64_t rows_of_run = (args.rows + plan.runs - 1) / plan.runs;
+  const std::int64_t blocks = rows_of_run / plan.block + plan.block;
+  for (std::int64_t terms = kTermsPerSum; terms <= blocks; terms *= kTermsPerSum) ++plan.levels;
+  return plan;
+}
+
+std::size_t sums_bytes(RowNorm norm, const RowBackwardArgs& args, const BackwardPlan& plan) {
+  const std::int64_t kinds = norm == RowNorm::kLayerNorm ? 2 : 1;
+  return static_cast<std::size_t>(plan.runs * plan.levels * kinds * plan.padded_cols) * accumulate_size_of(args.dtype);
+}
+
+std::size_t row_sums_bytes(const RowBackwardArgs& args, const BackwardPlan& plan) {
+  return static_cast<std::size_t>(plan.chunk * segments_of(args.cols) * 2) * accumulate_size_of(args.dtype);
+}
+
+void clear_parameters(const RowBackwardArgs& args) {
+  const std::size_t bytes = static_cast<std::size_t>(args.cols) * size_of(args.param_dtype);
+  if (args.grad_weight != nullptr) std::memset(args.grad_weight, 0, bytes);
+  if (args.grad_bias != nullptr) std::memset(args.grad_bias, 0, bytes);
+}
+
+bool huge_pages_wanted() {
+  const char* value = std::getenv("NORMEXT_HUGE_PAGES");
+  return value == nullptr || std::strcmp(value, "0") != 0;
+}
+
+}  // namespace
+
+void row_forward(RowNorm norm, const RowForwardArgs& args, const Parallel& parallel) {
+  if (args.rows == 0) return;
+  if (args.cols == 0) {
+    const std::int64_t saved = norm == RowNorm::kLayerNorm ? 3 : 1;
+    if (args.stats != nullptr) std::memset(args.stats, 0, static_cast<std::size_t>(saved * args.rows) * accumulate_size_of(args.dtype));
+    return;
+  }
+  const std::int64_t row_bytes = args.cols * static_cast<std::int64_t>((args.residual == nullptr ? 1 : 3) * size_of(args.dtype) +
+                                                                       size_of(args.output_dtype));
+  ForwardPlan plan;
+  plan.parallel = threads_for(parallel, args.rows * row_bytes);
+  const std::int64_t segments = segments_of(args.cols);
+  const bool few_rows = args.rows < plan.parallel.threads && segments > 1;
+  std::unique_ptr<double[]> scratch;
+  if (few_rows || segments > kMaxSegments) {
+    plan.group = few_rows ? args.rows : 1;
+    scratch.reset(new double[static_cast<std::size_t>(plan.group * (kScratchPerSegment * segments + kScratchPerRow))]);
+    plan.scratch = scratch.get();
+  }
+  kernels().row[static_cast<int>(norm)].forward(args, plan);
+}
+
+std::size_t row_backward_workspace(RowNorm norm, const RowBackwardArgs& args) {
+  const BackwardPlan plan = backward_tree(args);
+  return sums_bytes(norm, args, plan) + row_sums_bytes(args, plan);
+}
+
+void row_backward(RowNorm norm, const RowBackwardArgs& args, void* workspace, const Parallel& parallel) {
+  if (args.rows == 0 || args.cols == 0) return clear_parameters(args);
+  BackwardPlan plan = backward_tree(args);
+  plan.sums = workspace;
+  plan.row_sums = static_cast<char*>(workspace) + sums_bytes(norm, args, plan);
+  const std::int64_t row_bytes = args.cols * static_cast<std::int64_t>(2 * size_of(args.dtype) + size_of(args.grad_output_dtype));
+  plan.parallel = threads_for(parallel, args.rows * row_bytes);
+  // Whole runs when every thread gets about as many as the others.
+  const std::int64_t tasks = plan.runs == 0 ? args.rows : plan.runs;
+  const std::int64_t threads = plan.parallel.threads;
+  const bool uneven = tasks < 8 * threads && tasks % threads != 0;
+  plan.by_columns = (uneven && args.cols > kMaxUnit) || segments_of(args.cols) > kMaxSegments;
+  kernels().row[static_cast<int>(norm)].backward(args, plan);
+}
+
+const char* isa_name() { return kernels().name; }
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const IsaKernels* kernels : available_kernels()) names.emplace_back(kernels->name);
+  return names;
+}
+
+void advise_huge_pages(void* data, std::size_t bytes) {
+#if defined(__linux__)
+  constexpr std::size_t kLeast = 4u << 20;
+  constexpr std::uintptr_t kPage = 2u << 20;
+  if (bytes < kLeast) return;
+  static const bool wanted = huge_pages_wanted();
+  if (!wanted) return;
+  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / kPage * kPage;
+  // Advice: where it is refused, the pages are small, and nothing else changes.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+}  // namespace cpu
+}  // namespace normext

@@ -1,0 +1,32 @@
+// CPU back end: entry points, and the choice of an instruction set at run time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/row_args.h"
+#include "core/types.h"
+
+namespace normext::cpu {
+
+// The caller's thread pool. run() executes body(ctx, begin, end) over contiguous ranges covering [0, tasks); bodies never throw.
+struct Parallel {
+  int threads = 1;
+  void (*run)(std::int64_t tasks, void (*body)(void* ctx, std::int64_t begin, std::int64_t end), void* ctx) = nullptr;  // null: serial
+};
+
+// Results do not depend on the number of threads.
+void row_forward(RowNorm norm, const RowForwardArgs& args, const Parallel& parallel);
+std::size_t row_backward_workspace(RowNorm norm, const RowBackwardArgs& args);  // bytes; any alignment will do
+void row_backward(RowNorm norm, const RowBackwardArgs& args, void* workspace, const Parallel& parallel);
+
+const char* isa_name();                   // the one in use: NORMEXT_CPU_ISA, or the best the machine has
+std::vector<std::string> available_isas();  // slowest first: {"scalar", "avx2", "avx512"}
+
+// For memory that was just allocated and not yet written: asks for huge pages where whole ones fit, from 4 MB on.
+// First-touch page faults, not bandwidth, bound fresh outputs. NORMEXT_HUGE_PAGES=0 turns it off.
+void advise_huge_pages(void* data, std::size_t bytes);
+
+}  // namespace normext::cpu

@@ -1,0 +1,18 @@
+// Everything an instruction set offers to isa.cpp: the one symbol each isa_*.cpp exports.
+
+#pragma once
+
+#include "cpu/row_backward.inl"
+#include "cpu/row_forward.inl"
+
+namespace normext {
+inline namespace NORMEXT_ISA {
+
+extern const cpu::IsaKernels kKernels;
+const cpu::IsaKernels kKernels = {
+    NORMEXT_ISA_NAME,
+    {{forward<LayerNorm>, backward<LayerNorm>}, {forward<RmsNorm>, backward<RmsNorm>}},
+};
+
+}  // namespace NORMEXT_ISA
+}  // namespace normext

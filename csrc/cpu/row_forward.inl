@@ -1,0 +1,326 @@
+// LayerNorm and RMSNorm forward, with or without a fused residual, for one instruction set.
+//
+// Rows of one segment are handled in batches that stay in L1: the statistics of all rows of the batch, then the output of all, so
+// that the long latencies of one row (sums across lanes, divisions, a root) overlap with the next. Longer rows are handled one at a
+// time, a segment's moments from L1, the output from L2. A row that is split over threads goes through the same sums.
+// A residual is added and stored while the first sum is taken; everything after that reads the stored, rounded row.
+
+#pragma once
+
+#include "core/dtypes.h"
+#include "cpu/row_sums.inl"
+#include "norms/layer_norm.h"
+#include "norms/rms_norm.h"
+
+namespace normext {
+inline namespace NORMEXT_ISA {
+namespace {
+
+constexpr int kMaxBatch = 16;                 // rows; a whole number of vectors
+constexpr std::int64_t kBatchBytes = 16384;  // a third of L1
+
+// How the output is formed: bits, known at compile time.
+constexpr int kWeight = 1, kBias = 2, kRoundBeforeWeight = 4;
+
+template <class A>
+struct RowBatch {
+  alignas(NORMEXT_VECTOR_BYTES) A hi[kMaxBatch] = {};
+  alignas(NORMEXT_VECTOR_BYTES) A lo[kMaxBatch] = {};
+  alignas(NORMEXT_VECTOR_BYTES) A rstd[kMaxBatch] = {};
+
+  template <class Policy>
+  NORMEXT_INLINE typename Policy::template Row<A> row(int r) const {
+    if constexpr (Policy::kCentred) return {hi[r], lo[r], rstd[r]};
+    else return {rstd[r]};
+  }
+  NORMEXT_INLINE void set(int r, CentredRow<A> row) { hi[r] = row.hi, lo[r] = row.lo, rstd[r] = row.rstd; }
+  NORMEXT_INLINE void set(int r, ScaledRow<A> row) { rstd[r] = row.rstd; }
+};
+
+// One row as the statistics see it.
+template <class T, bool kResidual>
+struct RowSource {
+  using A = Accumulate<T>;
+  const T* input;
+  const T* residual;
+  T* residual_out;
+  A alpha;
+
+  NORMEXT_INLINE RowSource(const RowForwardArgs& args, std::int64_t row)
+      : input(static_cast<const T*>(args.input) + args.input_layout.offset(row)), alpha(static_cast<A>(args.alpha)) {
+    if constexpr (kResidual) {
+      residual = static_cast<const T*>(args.residual) + args.residual_layout.offset(row);
+      residual_out = static_cast<T*>(args.residual_out) + args.residual_out_layout.offset(row);
+    }
+  }
+  // The first look at some columns: the sum is rounded once to T and stored.
+  template <class Extent>
+  NORMEXT_INLINE Pair<A> first(std::int64_t column, Extent extent) const {
+    Pair<A> x = load<T>(input + column, extent);
+    if constexpr (kResidual) {
+      const Pair<A> r = load<T>(residual + column, extent);
+      const Vector<A> scale = Vector<A>{} + alpha;  // by 1 the fma is the plain sum
+      const Packed<T> sum = Packed<T>::pack({fma(r.a, scale, x.a), fma(r.b, scale, x.b)});
+      store_packed(residual_out + column, sum, extent);
+      x = keep<T>(sum.unpack(), extent);
+    }
+    return x;
+  }
+  NORMEXT_INLINE const T* stored() const {
+    if constexpr (kResidual) return residual_out;
+    else return input;
+  }
+};
+
+// Sum of the columns, or of their squares.
+template <class Policy, class T, bool kResidual>
+NORMEXT_INLINE Accumulate<T> first_sum(const RowSource<T, kResidual>& row, std::int64_t begin, std::int64_t cols) {
+  using A = Accumulate<T>;
+  A sum[1];
+  sum_columns<A>(
+      cols,
+      [&](std::int64_t column, auto extent, Sums<A, 1>& sums) __attribute__((always_inline)) {
+        const Pair<A> x = row.first(begin + column, extent);
+        Pair<A>& s = sums.of[0];
+        if constexpr (Policy::kCentred) s = {s.a + x.a, s.b + x.b};
+        else s = {fma(x.a, x.a, s.a), fma(x.b, x.b, s.b)};
+      },
+      sum);
+  return sum[0];
+}
+
+// Sums of the deviations from `mean` and of their squares.
+template <class T>
+NORMEXT_INLINE void deviation_sums(const T* x, Accumulate<T> mean, std::int64_t cols, Accumulate<T> (&sums_out)[2]) {
+  using A = Accumulate<T>;
+  sum_columns<A>(
+      cols,
+      [&](std::int64_t column, auto extent, Sums<A, 2>& sums) __attribute__((always_inline)) {
+        const Pair<A> v = load<T>(x + column, extent);
+        const Pair<A> d = keep<T>({v.a - mean, v.b - mean}, extent);
+        Pair<A>&s = sums.of[0], &s2 = sums.of[1];
+        s = {s.a + d.a, s.b + d.b};
+        s2 = {fma(d.a, d.a, s2.a), fma(d.b, d.b, s2.b)};
+      },
+      sums_out);
+}
+
+// Moments of one segment; without centring only m2 is meant: the sum of squares.
+template <class Policy, class T, bool kResidual>
+NORMEXT_INLINE Moments<Accumulate<T>> segment_moments(const RowSource<T, kResidual>& row, std::int64_t segment, std::int64_t cols) {
+  using A = Accumulate<T>;
+  const std::int64_t begin = segment * kSegment, n = segment_cols(segment, cols);
+  const A sum = first_sum<Policy>(row, begin, n);
+  if constexpr (Policy::kCentred) {
+    const A mean = sum / static_cast<A>(n);
+    A sums[2];
+    deviation_sums(row.stored() + begin, mean, n, sums);
+    return moments(mean, sums[0], sums[1], static_cast<A>(n));
+  } else {
+    return {0, 0, sum};
+  }
+}
+
+template <class Policy, class A>
+NORMEXT_INLINE typename Policy::template Row<A> finish_row(const Moments<A>* segment, std::int64_t cols, A eps, A* terms) {
+  if constexpr (Policy::kCentred) {
+    return merge_all(segment, cols, eps, terms);
+  } else {
+    for (std::int64_t s = 0; s < segments_of(cols); ++s) terms[s] = segment[s].m2;
+    return Policy::finish(pairwise(terms, segments_of(cols)), static_cast<A>(cols), eps);
+  }
+}
+
+// Statistics of `count` rows of one segment each. The last step runs on vectors of rows.
+template <class Policy, class T, bool kResidual>
+__attribute__((noinline)) void batch_statistics(const RowForwardArgs& args, std::int64_t first_row, int count,
+                                                RowBatch<Accumulate<T>>& batch) {
+  using A = Accumulate<T>;
+  using V = Vector<A>;
+  const V n = V{} + static_cast<A>(args.cols), eps = V{} + static_cast<A>(args.eps);
+  alignas(V) A sums[3][kMaxBatch] = {};
+  for (int r = 0; r < count; ++r) {
+    sums[0][r] = first_sum<Policy>(RowSource<T, kResidual>(args, first_row + r), 0, args.cols);
+  }
+  if constexpr (!Policy::kCentred) {
+    for (int r = 0; r < count; r += kLanes<A>) {
+      store_bytes(batch.rstd + r, Policy::finish(load_bytes<V>(sums[0] + r), n, eps).rstd);
+    }
+  } else {
+  for (int r = 0; r < count; r += kLanes<A>) store_bytes(sums[0] + r, load_bytes<V>(sums[0] + r) / n);
+  for (int r = 0; r < count; ++r) {
+    const RowSource<T, kResidual> row(args, first_row + r);
+    A deviations[2];
+    deviation_sums(row.stored(), sums[0][r], args.cols, deviations);
+    sums[1][r] = deviations[0];
+    sums[2][r] = deviations[1];
+  }
+  for (int r = 0; r < count; r += kLanes<A>) {
+    const Moments<V> segment = moments(load_bytes<V>(sums[0] + r), load_bytes<V>(sums[1] + r), load_bytes<V>(sums[2] + r), n);
+    const V merged = n * relative_mean(segment, segment.mean) / n;
+    const CentredRow<V> row =
+        finish_centred(segment.mean, merged, centred_square(segment, n, segment.mean, merged), n, eps);
+    store_bytes(batch.hi + r, row.hi);
+    store_bytes(batch.lo + r, row.lo);
+    store_bytes(batch.rstd + r, row.rstd);
+  }
+  }
+}
+
+template <class Policy, class T, bool kResidual>
+__attribute__((noinline)) void long_row_statistics(const RowForwardArgs& args, std::int64_t row, RowBatch<Accumulate<T>>& batch) {
+  using A = Accumulate<T>;
+  const RowSource<T, kResidual> source(args, row);
+  Moments<A> segment[kMaxSegments];
+  A terms[kMaxSegments];
+  for (std::int64_t s = 0; s < segments_of(args.cols); ++s) segment[s] = segment_moments<Policy>(source, s, args.cols);
+  batch.set(0, finish_row<Policy>(segment, args.cols, static_cast<A>(args.eps), terms));
+}
+
+// output = norm(x), columns [begin, end).
+template <class Policy, class T, class P, class O, int kMode>
+__attribute__((noinline)) void apply(const RowForwardArgs& args, const T* x, O* output,
+                                     typename Policy::template Row<Accumulate<T>> row, std::int64_t begin, std::int64_t end) {
+  using A = Accumulate<T>;
+  const P* weight = static_cast<const P*>(args.weight);
+  const P* bias = static_cast<const P*>(args.bias);
+  // -0 is what leaves every weight as it is.
+  const A offset = args.weight_offset == 0.0 ? static_cast<A>(-0.0) : static_cast<A>(args.weight_offset);
+  const auto unit = [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
+    const Pair<A> v = load<T>(x + column, extent);
+    Pair<A> y = {Policy::normalise(v.a, row), Policy::normalise(v.b, row)};
+    if constexpr ((kMode & kRoundBeforeWeight) != 0) y = Packed<T>::pack(y).unpack();
+    if constexpr ((kMode & (kWeight | kBias)) != 0) {
+      Pair<A> w = {Vector<A>{} + A(1), Vector<A>{} + A(1)}, b = {};
+      if constexpr ((kMode & kWeight) != 0) w = load<T>(weight + column, extent);
+      if constexpr ((kMode & kBias) != 0) b = load<T>(bias + column, extent);
+      if constexpr (!Policy::kCentred) w = {w.a + offset, w.b + offset};
+      y = {Policy::affine(y.a, w.a, b.a), Policy::affine(y.b, w.b, b.b)};
+    }
+    store<T>(output + column, y, extent);
+  };
+  std::int64_t column = begin;
+  for (; end - column >= kUnit<A>; column += kUnit<A>) unit(column, Whole{});
+  if (column < end) unit(column, Partial{static_cast<int>(end - column)});
+}
+
+template <class Policy, class A>
+NORMEXT_INLINE void save_statistics(const RowForwardArgs& args, std::int64_t row, typename Policy::template Row<A> value) {
+  A* stats = static_cast<A*>(args.stats);
+  if (stats == nullptr) return;
+  if constexpr (Policy::kCentred) {
+    stats[row] = value.hi;
+    stats[args.rows + row] = value.lo;
+    stats[2 * args.rows + row] = value.rstd;
+  } else {
+    stats[row] = value.rstd;
+  }
+}
+
+template <class T>
+NORMEXT_INLINE const T* stored_row(const RowForwardArgs& args, std::int64_t row) {
+  return args.residual == nullptr ? static_cast<const T*>(args.input) + args.input_layout.offset(row)
+                                  : static_cast<const T*>(args.residual_out) + args.residual_out_layout.offset(row);
+}
+template <class O>
+NORMEXT_INLINE O* output_row(const RowForwardArgs& args, std::int64_t row) {
+  return static_cast<O*>(args.output) + args.output_layout.offset(row);
+}
+
+template <class Policy, class T, class P, class O, int kMode>
+void forward_rows(const RowForwardArgs& args, std::int64_t begin, std::int64_t end) {
+  using A = Accumulate<T>;
+  const bool one_segment = args.cols <= kSegment;
+  const std::int64_t fit = kBatchBytes / (args.cols * static_cast<std::int64_t>(sizeof(T)));
+  const std::int64_t batch_rows = !one_segment || fit < 1 ? 1 : smaller(fit, kMaxBatch);
+  RowBatch<A> batch;
+  for (std::int64_t row = begin; row < end; row += batch_rows) {
+    const int count = static_cast<int>(smaller(batch_rows, end - row));
+    if (one_segment) {
+      if (args.residual != nullptr) batch_statistics<Policy, T, true>(args, row, count, batch);
+      else batch_statistics<Policy, T, false>(args, row, count, batch);
+    } else {
+      if (args.residual != nullptr) long_row_statistics<Policy, T, true>(args, row, batch);
+      else long_row_statistics<Policy, T, false>(args, row, batch);
+    }
+    for (int r = 0; r < count; ++r) {
+      const auto value = batch.template row<Policy>(r);
+      apply<Policy, T, P, O, kMode>(args, stored_row<T>(args, row + r), output_row<O>(args, row + r), value, 0, args.cols);
+      save_statistics<Policy, A>(args, row + r, value);
+    }
+  }
+}
+
+// Rows that several threads share: moments of all segments, then, after every row is merged, the output.
+template <class Policy, class T, class P, class O, int kMode>
+void forward_segments(const RowForwardArgs& args, const cpu::ForwardPlan& plan, std::int64_t first_row, std::int64_t rows) {
+  using A = Accumulate<T>;
+  using Row = typename Policy::template Row<A>;
+  const std::int64_t segments = segments_of(args.cols);
+  Moments<A>* moments = static_cast<Moments<A>*>(plan.scratch);
+  A* terms = reinterpret_cast<A*>(moments + rows * segments);
+  Row* merged = reinterpret_cast<Row*>(terms + segments);
+  for_ranges(plan.parallel, rows * segments, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t task = begin; task < end; ++task) {
+      const std::int64_t row = first_row + task / segments;
+      moments[task] = args.residual != nullptr ? segment_moments<Policy>(RowSource<T, true>(args, row), task % segments, args.cols)
+                                               : segment_moments<Policy>(RowSource<T, false>(args, row), task % segments, args.cols);
+    }
+  });
+  for (std::int64_t r = 0; r < rows; ++r) {
+    merged[r] = finish_row<Policy>(moments + r * segments, args.cols, static_cast<A>(args.eps), terms);
+    save_statistics<Policy, A>(args, first_row + r, merged[r]);
+  }
+  for_ranges(plan.parallel, rows * segments, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t task = begin; task < end; ++task) {
+      const std::int64_t r = task / segments, column = task % segments * kSegment;
+      apply<Policy, T, P, O, kMode>(args, stored_row<T>(args, first_row + r), output_row<O>(args, first_row + r), merged[r], column,
+                                    smaller(column + kSegment, args.cols));
+    }
+  });
+}
+
+template <class Policy, class T, class P, class O, int kMode>
+void forward_as(const RowForwardArgs& args, const cpu::ForwardPlan& plan) {
+  if (plan.scratch == nullptr) {
+    for_ranges(plan.parallel, args.rows,
+               [&](std::int64_t begin, std::int64_t end) { forward_rows<Policy, T, P, O, kMode>(args, begin, end); });
+    return;
+  }
+  for (std::int64_t row = 0; row < args.rows; row += plan.group) {
+    forward_segments<Policy, T, P, O, kMode>(args, plan, row, smaller(plan.group, args.rows - row));
+  }
+}
+
+template <class Policy, class T, class P, class O>
+void forward_with_types(const RowForwardArgs& args, const cpu::ForwardPlan& plan) {
+  if constexpr (Policy::kCentred) {
+    if (args.weight != nullptr && args.bias != nullptr) return forward_as<Policy, T, P, O, kWeight | kBias>(args, plan);
+    if (args.weight != nullptr) return forward_as<Policy, T, P, O, kWeight>(args, plan);
+    if (args.bias != nullptr) return forward_as<Policy, T, P, O, kBias>(args, plan);
+  } else if (args.weight != nullptr) {
+    if constexpr (sizeof(T) == 2) {
+      if (args.rounding == Rounding::kLlama) return forward_as<Policy, T, P, O, kWeight | kRoundBeforeWeight>(args, plan);
+    }
+    return forward_as<Policy, T, P, O, kWeight>(args, plan);
+  }
+  forward_as<Policy, T, P, O, 0>(args, plan);
+}
+
+template <class Policy>
+void forward(const RowForwardArgs& args, const cpu::ForwardPlan& plan) {
+  visit(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if constexpr (sizeof(T) == 2) {
+      if constexpr (!Policy::kCentred) {
+        if (args.output_dtype != args.dtype) return forward_with_types<Policy, T, float, float>(args, plan);
+      }
+      if (args.param_dtype != args.dtype) return forward_with_types<Policy, T, float, T>(args, plan);
+    }
+    forward_with_types<Policy, T, T, T>(args, plan);
+  });
+}
+
+}  // namespace
+}  // namespace NORMEXT_ISA
+}  // namespace normext

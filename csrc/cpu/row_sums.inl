@@ -1,0 +1,110 @@
+// The reduction tree of a row on the CPU, written once: sums over a segment, pairwise sums, merging of segments.
+//
+// A segment is at most kSegment columns. Its sums are taken in kSteps * 2 vector accumulators, each over at most 16 terms; blocks of
+// that size are added pairwise, then lanes by halves. Segments are added pairwise in index order.
+
+#pragma once
+
+#include "core/portable.h"
+#include "cpu/row_kernels.h"
+#include "cpu/vector.h"
+#include "norms/stats.h"
+
+namespace normext {
+inline namespace NORMEXT_ISA {
+namespace {
+
+using cpu::kMaxSegments;
+using cpu::kSegment;
+
+NORMEXT_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+NORMEXT_INLINE std::int64_t segments_of(std::int64_t cols) { return (cols + kSegment - 1) / kSegment; }
+NORMEXT_INLINE std::int64_t segment_cols(std::int64_t segment, std::int64_t cols) {
+  return smaller(kSegment, cols - segment * kSegment);
+}
+
+// Sum of n > 0 values in index order: neighbours first. Overwrites them.
+template <class X>
+NORMEXT_INLINE X pairwise(X* x, std::int64_t n) {
+  if (n <= 0) __builtin_unreachable();
+  while (n > 1) {
+    const std::int64_t half = n / 2;
+    for (std::int64_t i = 0; i < half; ++i) x[i] = x[2 * i] + x[2 * i + 1];
+    if (n % 2 != 0) x[half] = x[n - 1];
+    n = half + n % 2;
+  }
+  return x[0];
+}
+
+// Accumulators of kSums quantities.
+template <class A, int kSums>
+struct Sums {
+  Pair<A> of[kSums];
+};
+
+// 32 vector registers hold 16 accumulators, 16 hold 8; two additions per cycle of 4 cycles latency want 8.
+template <int kSums>
+constexpr int kSteps = NORMEXT_VECTOR_BYTES == 64 ? 4 : (kSums == 1 ? 4 : 2);
+
+// out[q] = sum of quantity q over `cols` columns. add(column, extent, sums) adds the columns of one unit.
+template <class A, int kSums, class Add>
+NORMEXT_INLINE void sum_columns(std::int64_t cols, Add add, A (&out)[kSums]) {
+  constexpr int steps = kSteps<kSums>;
+  constexpr std::int64_t unit = kUnit<A>;
+  constexpr std::int64_t block = cpu::kTermsPerSum * steps * unit;
+  Vector<A> partial[kSums][kSegment / block + 2];
+  std::int64_t partials = 0;
+  std::int64_t column = 0;
+  while (cols - column >= steps * unit) {
+    Sums<A, kSums> sums[steps] = {};
+    const std::int64_t end = column + smaller(block, (cols - column) / (steps * unit) * (steps * unit));
+    for (; column < end; column += steps * unit) {
+#pragma GCC unroll 8
+      for (int step = 0; step < steps; ++step) add(column + step * unit, Whole{}, sums[step]);
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < kSums; ++q) {
+      Vector<A> of[steps];
+#pragma GCC unroll 8
+      for (int step = 0; step < steps; ++step) of[step] = sums[step].of[q].a + sums[step].of[q].b;
+      partial[q][partials] = steps == 4 ? (of[0] + of[1]) + (of[2] + of[steps - 1]) : of[0] + of[1];
+    }
+    ++partials;
+  }
+  if (column < cols) {  // at most `steps` units
+    Sums<A, kSums> rest = {};
+    for (; cols - column >= unit; column += unit) add(column, Whole{}, rest);
+    if (column < cols) add(column, Partial{static_cast<int>(cols - column)}, rest);
+#pragma GCC unroll 8
+    for (int q = 0; q < kSums; ++q) partial[q][partials] = rest.of[q].a + rest.of[q].b;
+    ++partials;
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < kSums; ++q) out[q] = sum_lanes<A>(pairwise(partial[q], partials));
+}
+
+// The one merge of segments (norms/stats.h), here with pairwise sums. `terms` holds one value per segment.
+template <class A>
+NORMEXT_INLINE CentredRow<A> merge_all(const Moments<A>* segment, std::int64_t cols, A eps, A* terms) {
+  const std::int64_t count = segments_of(cols);
+  const A pivot = segment[0].mean;
+  for (std::int64_t s = 0; s < count; ++s) terms[s] = static_cast<A>(segment_cols(s, cols)) * relative_mean(segment[s], pivot);
+  const A merged = pairwise(terms, count) / static_cast<A>(cols);
+  for (std::int64_t s = 0; s < count; ++s) {
+    terms[s] = centred_square(segment[s], static_cast<A>(segment_cols(s, cols)), pivot, merged);
+  }
+  return finish_centred(pivot, merged, pairwise(terms, count), static_cast<A>(cols), eps);
+}
+
+// body(begin, end) over ranges of [0, tasks), on the caller's threads if there is more than one.
+template <class Body>
+NORMEXT_INLINE void for_ranges(const cpu::Parallel& parallel, std::int64_t tasks, const Body& body) {
+  if (parallel.threads <= 1 || tasks <= 1) return body(0, tasks);
+  parallel.run(
+      tasks, [](void* ctx, std::int64_t begin, std::int64_t end) { (*static_cast<const Body*>(ctx))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+}  // namespace
+}  // namespace NORMEXT_ISA
+}  // namespace normext

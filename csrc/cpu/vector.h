@@ -1,0 +1,301 @@
+// SIMD vocabulary of one instruction set: vectors of Accumulate<T>, and how storage types become them.
+//
+// Each isa_*.cpp first defines NORMEXT_ISA, NORMEXT_VECTOR_BYTES and NORMEXT_HAS_FMA. Arithmetic is written with GNU vector types;
+// intrinsics appear only for fp16 and for partial accesses, which GNU vectors cannot express.
+//
+// Memory is moved in units of two vectors. bfloat16 is taken apart into even and odd columns, which costs a shift and a mask for
+// two vectors and no shuffle; whatever is combined with such a row (float32 parameters, output, gradient) is put in the same order.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "core/math.h"
+#include "core/types.h"
+
+#if NORMEXT_VECTOR_BYTES > 16
+#include <immintrin.h>
+#endif
+
+namespace normext {
+inline namespace NORMEXT_ISA {
+
+template <class A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(NORMEXT_VECTOR_BYTES)));
+  typedef std::uint32_t bits __attribute__((vector_size(NORMEXT_VECTOR_BYTES)));
+  typedef std::int32_t mask __attribute__((vector_size(NORMEXT_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(NORMEXT_VECTOR_BYTES)));
+  typedef std::int64_t mask __attribute__((vector_size(NORMEXT_VECTOR_BYTES)));
+};
+template <class A>
+using Vector = typename VectorOf<A>::type;
+template <class A>
+using Mask = typename VectorOf<A>::mask;
+using Floats = Vector<float>;
+using FloatBits = VectorOf<float>::bits;
+
+template <class A>
+constexpr int kLanes = NORMEXT_VECTOR_BYTES / sizeof(A);
+template <class A>
+constexpr int kUnit = 2 * kLanes<A>;  // columns of one access
+
+NORMEXT_INLINE float scalar_fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+NORMEXT_INLINE double scalar_fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+NORMEXT_INLINE float scalar_sqrt(float a) { return __builtin_sqrtf(a); }
+NORMEXT_INLINE double scalar_sqrt(double a) { return __builtin_sqrt(a); }
+
+template <class A>
+struct VectorMath {
+  using V = Vector<A>;
+  NORMEXT_INLINE static V fma(V a, V b, V c) {
+#if NORMEXT_HAS_FMA
+    V r;
+    for (int i = 0; i < kLanes<A>; ++i) r[i] = scalar_fma(a[i], b[i], c[i]);  // one instruction
+    return r;
+#else
+    return a * b + c;
+#endif
+  }
+  NORMEXT_INLINE static V sqrt(V a) {
+    V r;
+    for (int i = 0; i < kLanes<A>; ++i) r[i] = scalar_sqrt(a[i]);  // one instruction
+    return r;
+  }
+};
+template <>
+struct Math<Vector<float>> : VectorMath<float> {};
+template <>
+struct Math<Vector<double>> : VectorMath<double> {};
+
+template <class X>
+NORMEXT_INLINE X load_bytes(const void* p) {
+  X x;
+  __builtin_memcpy(&x, p, sizeof(X));
+  return x;
+}
+template <class X>
+NORMEXT_INLINE void store_bytes(void* p, X x) {
+  __builtin_memcpy(p, &x, sizeof(X));
+}
+
+template <class A>
+struct Pair {
+  Vector<A> a, b;
+};
+
+// Sum over lanes by halves; every lane holds the result.
+template <int kXor, class V, int... I>
+NORMEXT_INLINE V add_across(V v, std::integer_sequence<int, I...> lanes) {
+  v = v + __builtin_shufflevector(v, v, (I ^ kXor)...);
+  if constexpr (kXor > 1) v = add_across<kXor / 2>(v, lanes);
+  return v;
+}
+template <class A>
+NORMEXT_INLINE A sum_lanes(Vector<A> v) {
+  return add_across<kLanes<A> / 2>(v, std::make_integer_sequence<int, kLanes<A>>())[0];
+}
+
+// ---- packed units: what kUnit consecutive columns of T look like in memory
+
+template <class T>
+struct Packed {  // float and double
+  static constexpr bool kEvenOdd = false;
+  Pair<T> data;
+  NORMEXT_INLINE static Packed pack(Pair<T> x) { return {x}; }
+  NORMEXT_INLINE Pair<T> unpack() const { return data; }
+};
+
+template <>
+struct Packed<BFloat16> {
+  static constexpr bool kEvenOdd = true;
+  FloatBits data;
+  // Rounded to nearest even, in the upper half of each lane; NaN becomes the quiet NaN torch uses.
+  NORMEXT_INLINE static FloatBits rounded(Floats x) {
+    const FloatBits bits = reinterpret_cast<FloatBits>(x);
+    const FloatBits nearest = bits + 0x7fffu + (bits >> 16 & 1u);
+    return x == x ? nearest : FloatBits{} + 0x7fc00000u;
+  }
+  NORMEXT_INLINE static Packed pack(Pair<float> x) { return {(rounded(x.a) >> 16) | (rounded(x.b) & 0xffff0000u)}; }
+  NORMEXT_INLINE Pair<float> unpack() const {
+    return {reinterpret_cast<Floats>(data << 16), reinterpret_cast<Floats>(data & 0xffff0000u)};
+  }
+};
+
+// fp16 of one vector, in its low half.
+typedef std::uint16_t HalfBits __attribute__((vector_size(NORMEXT_VECTOR_BYTES / 2)));
+#if NORMEXT_VECTOR_BYTES == 64
+// With a mask of ones: GCC warns of an uninitialised variable in its own unmasked forms.
+NORMEXT_INLINE Floats widen_half(HalfBits h) {
+  return reinterpret_cast<Floats>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(h)));
+}
+NORMEXT_INLINE HalfBits narrow_half(Floats x) {
+  return reinterpret_cast<HalfBits>(
+      _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif NORMEXT_VECTOR_BYTES == 32
+NORMEXT_INLINE Floats widen_half(HalfBits h) { return reinterpret_cast<Floats>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(h))); }
+NORMEXT_INLINE HalfBits narrow_half(Floats x) {
+  return reinterpret_cast<HalfBits>(_mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__aarch64__)
+typedef __fp16 HalfFloats __attribute__((vector_size(NORMEXT_VECTOR_BYTES / 2)));
+NORMEXT_INLINE Floats widen_half(HalfBits h) { return __builtin_convertvector(reinterpret_cast<HalfFloats>(h), Floats); }
+NORMEXT_INLINE HalfBits narrow_half(Floats x) { return reinterpret_cast<HalfBits>(__builtin_convertvector(x, HalfFloats)); }
+#else
+// The integer arithmetic of core/math.h, lane by lane.
+NORMEXT_INLINE Floats widen_half(HalfBits h) {
+  const FloatBits bits = __builtin_convertvector(h, FloatBits);
+  const FloatBits magnitude = bits & 0x7fffu;
+  const FloatBits finite = reinterpret_cast<FloatBits>(reinterpret_cast<Floats>(magnitude << 13) * 0x1p112f);
+  const FloatBits value = magnitude >= 0x7c00u ? (magnitude << 13 | 0x7f800000u) : finite;
+  return reinterpret_cast<Floats>(value | (bits & 0x8000u) << 16);
+}
+NORMEXT_INLINE HalfBits narrow_half(Floats x) {
+  const FloatBits bits = reinterpret_cast<FloatBits>(x);
+  const FloatBits magnitude = bits & 0x7fffffffu;
+  const FloatBits normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
+  const FloatBits subnormal = reinterpret_cast<FloatBits>(reinterpret_cast<Floats>(magnitude) + 0.5f) - 0x3f000000u;
+  FloatBits half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? FloatBits{} + 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? FloatBits{} + 0x7e00u : half;
+  return __builtin_convertvector(half | (bits >> 16 & 0x8000u), HalfBits);
+}
+#endif
+
+template <>
+struct Packed<Half> {
+  static constexpr bool kEvenOdd = false;
+  HalfBits low, high;
+  NORMEXT_INLINE static Packed pack(Pair<float> x) { return {narrow_half(x.a), narrow_half(x.b)}; }
+  NORMEXT_INLINE Pair<float> unpack() const { return {widen_half(low), widen_half(high)}; }
+};
+
+// ---- order of columns in a pair: that of the row's storage type, Like
+
+template <class V, int... I>
+NORMEXT_INLINE void deinterleave(V& a, V& b, std::integer_sequence<int, I...>) {
+  const V even = __builtin_shufflevector(a, b, (2 * I)...);
+  b = __builtin_shufflevector(a, b, (2 * I + 1)...);
+  a = even;
+}
+template <class V, int... I>
+NORMEXT_INLINE void interleave(V& a, V& b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  const V first = __builtin_shufflevector(a, b, (I / 2 + I % 2 * n)...);
+  b = __builtin_shufflevector(a, b, (n / 2 + I / 2 + I % 2 * n)...);
+  a = first;
+}
+
+// How much of a unit exists: all of it, or the first `count` columns.
+struct Whole {};
+struct Partial {
+  int count;
+};
+
+template <class Like>
+NORMEXT_INLINE Pair<Accumulate<Like>> keep(Pair<Accumulate<Like>> x, Whole) {
+  return x;
+}
+template <class A, int... I>
+NORMEXT_INLINE Mask<A> column_numbers(int first, int step, std::integer_sequence<int, I...>) {
+  return Mask<A>{(first + step * I)...};
+}
+// Columns that do not exist become zero.
+template <class Like>
+NORMEXT_INLINE Pair<Accumulate<Like>> keep(Pair<Accumulate<Like>> x, Partial part) {
+  using A = Accumulate<Like>;
+  constexpr bool kEvenOdd = Packed<Like>::kEvenOdd;
+  constexpr std::make_integer_sequence<int, kLanes<A>> lanes;
+  const Mask<A> a = column_numbers<A>(0, kEvenOdd ? 2 : 1, lanes);
+  const Mask<A> b = column_numbers<A>(kEvenOdd ? 1 : kLanes<A>, kEvenOdd ? 2 : 1, lanes);
+  return {a < part.count ? x.a : Vector<A>{}, b < part.count ? x.b : Vector<A>{}};
+}
+
+// Copies `count` elements between a row and a buffer of one unit, touching nothing else of the row.
+#if NORMEXT_VECTOR_BYTES == 64
+template <class T>
+NORMEXT_INLINE __mmask64 byte_mask(int count, int chunk) {
+  const int bytes = count * static_cast<int>(sizeof(T)) - chunk * 64;
+  return bytes <= 0 ? 0 : (bytes >= 64 ? ~0ull : (1ull << bytes) - 1);
+}
+template <class T>
+NORMEXT_INLINE void load_elements(T* buffer, const T* row, int count) {
+  for (int chunk = 0; chunk < static_cast<int>(sizeof(Packed<T>)) / 64; ++chunk) {
+    const void* from = reinterpret_cast<const char*>(row) + chunk * 64;
+    _mm512_storeu_si512(reinterpret_cast<char*>(buffer) + chunk * 64, _mm512_maskz_loadu_epi8(byte_mask<T>(count, chunk), from));
+  }
+}
+template <class T>
+NORMEXT_INLINE void store_elements(T* row, const T* buffer, int count) {
+  for (int chunk = 0; chunk < static_cast<int>(sizeof(Packed<T>)) / 64; ++chunk) {
+    void* to = reinterpret_cast<char*>(row) + chunk * 64;
+    _mm512_mask_storeu_epi8(to, byte_mask<T>(count, chunk), _mm512_loadu_si512(reinterpret_cast<const char*>(buffer) + chunk * 64));
+  }
+}
+#else
+template <int kCount, class T>
+NORMEXT_INLINE void copy_elements(T* to, const T* from, int count) {
+  int done = 0;
+  if (count & kCount) {
+    __builtin_memcpy(to, from, kCount * sizeof(T));
+    done = kCount;
+  }
+  if constexpr (kCount > 1) copy_elements<kCount / 2>(to + done, from + done, count);
+}
+template <class T>
+NORMEXT_INLINE void load_elements(T* buffer, const T* row, int count) {
+  __builtin_memset(buffer, 0, sizeof(Packed<T>));
+  copy_elements<kUnit<Accumulate<T>> / 2>(buffer, row, count);
+}
+template <class T>
+NORMEXT_INLINE void store_elements(T* row, const T* buffer, int count) {
+  copy_elements<kUnit<Accumulate<T>> / 2>(row, buffer, count);
+}
+#endif
+
+template <class T>
+NORMEXT_INLINE Packed<T> load_packed(const T* p, Whole) {
+  return load_bytes<Packed<T>>(p);
+}
+template <class T>
+NORMEXT_INLINE Packed<T> load_packed(const T* p, Partial part) {
+  T buffer[kUnit<Accumulate<T>>];
+  load_elements(buffer, p, part.count);
+  return load_bytes<Packed<T>>(buffer);
+}
+template <class T>
+NORMEXT_INLINE void store_packed(T* p, Packed<T> x, Whole) {
+  store_bytes(p, x);
+}
+template <class T>
+NORMEXT_INLINE void store_packed(T* p, Packed<T> x, Partial part) {
+  T buffer[kUnit<Accumulate<T>>];
+  store_bytes(buffer, x);
+  store_elements(p, buffer, part.count);
+}
+
+// Columns of T next to columns of Like; columns that do not exist are read as zero.
+template <class Like, class T, class Extent>
+NORMEXT_INLINE Pair<Accumulate<Like>> load(const T* p, Extent extent) {
+  Pair<Accumulate<Like>> x = load_packed(p, extent).unpack();
+  if constexpr (Packed<Like>::kEvenOdd && !Packed<T>::kEvenOdd) {
+    deinterleave(x.a, x.b, std::make_integer_sequence<int, kLanes<Accumulate<Like>>>());
+  }
+  return x;
+}
+template <class Like, class T, class Extent>
+NORMEXT_INLINE void store(T* p, Pair<Accumulate<Like>> x, Extent extent) {
+  if constexpr (Packed<Like>::kEvenOdd && !Packed<T>::kEvenOdd) {
+    interleave(x.a, x.b, std::make_integer_sequence<int, kLanes<Accumulate<Like>>>());
+  }
+  store_packed(p, Packed<T>::pack(x), extent);
+}
+
+}  // namespace NORMEXT_ISA
+}  // namespace normext
