@@ -1,0 +1,297 @@
+"""What every norm shares: loading the ops, the state of torch that decides how a call is carried out, gradients of any order,
+refusals in torch's words, and what fakes check. The only file that uses private names of torch."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+from torch.autograd import forward_ad
+
+BACKEND = "_C_emulated" if os.environ.get("NORMEXT_BACKEND", "") == "emulated" else "_C"
+
+is_compiling = torch.compiler.is_compiling
+is_exporting = torch.compiler.is_exporting
+is_grad_enabled = torch.is_grad_enabled
+_functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+# torch casts rms_norm to float32 under CUDA autocast from 2.12 on.
+AUTOCASTS_RMS_NORM: bool = torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "AutocastCUDA")
+
+ROUNDINGS = {"torch": 0, "llama": 1}
+_NARROW = (torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float64, *_NARROW)
+
+
+def _load() -> Any:
+    """Imports the compiled module, which registers the ops."""
+    loaded = {"_C", "_C_emulated"} & {name.removeprefix("normext.") for name in sys.modules}
+    if loaded - {BACKEND}:
+        raise ImportError(
+            f"normext.{loaded.pop()} is loaded already, and both back ends register the same ops: "
+            "one process runs one, chosen by NORMEXT_BACKEND before the first import"
+        )
+    try:
+        return importlib.import_module(f"normext.{BACKEND}")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"normext.{BACKEND} is not built: run `pip install .` (or `make develop`) in the source tree, and import "
+            "normext from elsewhere or from an editable install"
+        ) from error
+
+
+C = _load()
+
+
+
+def direct_op(name: str) -> Callable[..., Any]:
+    """The op without the Python frame of OpOverload.__call__ [0.15 us]. Dynamo must see the OpOverload instead."""
+    direct: Callable[..., Any] = overload(name)._op
+    return direct
+
+
+def overload(name: str) -> Any:
+    return getattr(torch.ops.normext, name).default
+
+
+def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Function.apply without its Python part, which serves setup_context and functorch [1.2 us]."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
+
+
+
+def transformed() -> bool:
+    """A functorch transform or a forward-mode AD level is active: only plain torch ops know what to do."""
+    return _functorch_active() or forward_ad._current_level >= 0
+
+
+def special() -> bool:
+    return is_compiling() or _functorch_active() or forward_ad._current_level >= 0
+
+
+def any_requires_grad(*tensors: Tensor | None) -> bool:
+    return is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def autocast_active(input: Tensor) -> bool:
+    """CUDA autocast only: that of the CPU leaves norms alone."""
+    return input.is_cuda and torch.is_autocast_enabled("cuda")
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The arguments as torch's float32 cast policy makes them."""
+    return tuple(
+        tensor.float()
+        if tensor is not None and tensor.is_cuda and tensor.is_floating_point() and tensor.dtype != torch.float64
+        else tensor
+        for tensor in tensors
+    )
+
+
+def accepts_dtypes(input: Tensor, *parameters: Tensor | None) -> bool:
+    """Parameters of the input's dtype, or float32 with 16-bit input, and all alike."""
+    given = {parameter.dtype for parameter in parameters if parameter is not None}
+    allowed = ({input.dtype}, {torch.float32}) if input.dtype in _NARROW else ({input.dtype},)
+    return input.dtype in _DTYPES and (not given or given in allowed)
+
+
+def accepts_shapes(input: Tensor, normalized_shape: Sequence[int], *parameters: Tensor | None) -> bool:
+    shape = tuple(normalized_shape)
+    return (
+        len(shape) > 0
+        and input.shape[-len(shape) :] == shape
+        and all(p is None or (p.shape == shape and p.device == input.device) for p in parameters)
+    )
+
+
+def accepts(input: Tensor, normalized_shape: Sequence[int], *parameters: Tensor | None) -> bool:
+    """The kernels take these arguments. Asked before a call where an op's exception could not be caught."""
+    return accepts_dtypes(input, *parameters) and accepts_shapes(input, normalized_shape, *parameters)
+
+
+def normalized_ndim(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None) -> int:
+    """What the ops take in place of normalized_shape. They compare the weight's shape with the input's themselves."""
+    if weight is None or weight.shape != normalized_shape:
+        shape = tuple(normalized_shape)
+        if not shape or input.shape[-len(shape) :] != shape:
+            raise RuntimeError(f"expected input of shape [*, {str(list(shape))[1:-1]}], got {list(input.shape)}")
+    return len(normalized_shape)
+
+
+def check_residual(op: str, input: Tensor, residual: Tensor) -> None:
+    if not isinstance(input, Tensor) or not isinstance(residual, Tensor):
+        raise TypeError(f"{op}: expected tensors, got {type(input).__name__} and {type(residual).__name__}")
+    for name in ("shape", "dtype", "device"):
+        expected, got = getattr(input, name), getattr(residual, name)
+        if expected != got:
+            raise RuntimeError(f"{op}: expected residual of input's {name} {expected}, got {got}")
+
+
+def torchs_error(error: Exception, function: Callable[..., Any], *args: Any) -> Exception:
+    """torch's own error for arguments an op refused, so that its class and text are those of the installed version; ours if
+    torch accepts the arguments."""
+    try:
+        with torch.no_grad():
+            function(*args)
+    except Exception as theirs:
+        return theirs
+    return error
+
+
+def raise_if_out_of_memory(error: Exception, input: Tensor) -> None:
+    """An op without a torch namesake reports a failed allocation itself, in torch's class for the device."""
+    if isinstance(error, MemoryError):
+        text = f"normext: no memory for a result of shape {list(input.shape)} on {input.device}"
+        raise (torch.OutOfMemoryError(text) if input.is_cuda else RuntimeError(text)) from None
+
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def gradients(
+    kernel: Callable[..., Sequence[Tensor]],
+    reference: Callable[..., Tensor],
+    needs: tuple[bool, ...],
+    grad_output: Tensor,
+    grad_residual_out: Tensor | None,
+    stats: Tensor,
+    primals: tuple[Tensor | None, ...],
+    kernel_arguments: tuple[Any, ...],
+    reference_arguments: tuple[Any, ...],
+) -> Gradients:
+    """Gradients of the primals (what was normalised, then the parameters), None where not needed.
+
+    The same kernel call whether or not the result must be differentiable, so create_graph changes no bit."""
+
+    def from_kernel(
+        grad_output: Tensor, grad_residual_out: Tensor | None, input: Tensor, *parameters: Tensor | None
+    ) -> Gradients:
+        bits = sum(1 << i for i, need in enumerate(needs) if need)
+        found = kernel(grad_output, grad_residual_out, input, stats, *parameters, *kernel_arguments, bits)
+        return tuple(gradient if need else None for gradient, need in zip(found, needs, strict=True))
+
+    def from_reference(
+        grad_output: Tensor, grad_residual_out: Tensor | None, *primals: Tensor | None, create_graph: bool = True
+    ) -> Gradients:
+        with torch.enable_grad():
+            aliases = _aliases(primals)
+            output = reference(*aliases, *reference_arguments)
+            wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
+            found = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=create_graph))
+            grads = [next(found) if need else None for need in needs]
+            if grads[0] is not None and grad_residual_out is not None:
+                grads[0] = grads[0] + grad_residual_out
+        return tuple(grads)
+
+    if is_compiling():
+        return from_kernel(grad_output, grad_residual_out, *primals)
+    if transformed():
+        return from_reference(grad_output, grad_residual_out, *primals, create_graph=is_grad_enabled())
+    if is_grad_enabled():
+        found: Gradients = _Gradients.apply(from_kernel, from_reference, grad_output, grad_residual_out, *primals)
+        return found
+    return from_kernel(grad_output, grad_residual_out, *primals)
+
+
+def _aliases(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """New nodes of the graph in place of tensors: a path from one argument to another upstream of it is not followed."""
+    return [tensor.view_as(tensor) if tensor is not None and tensor.requires_grad else tensor for tensor in tensors]
+
+
+class _Gradients(torch.autograd.Function):
+    """gradients() as a function that can be differentiated again, any number of times."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        from_kernel: Callable[..., Gradients],
+        from_reference: Callable[..., Gradients],
+        *tensors: Tensor | None,
+    ) -> Gradients:
+        ctx.from_reference = from_reference
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        return from_kernel(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *seconds: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        needs = ctx.needs_input_grad[2:]
+        create_graph = is_grad_enabled()
+        with torch.enable_grad():
+            aliases = _aliases(ctx.saved_tensors)
+            firsts = ctx.from_reference(*aliases)
+            pairs = [(first, second) for first, second in zip(firsts, seconds, strict=True) if second is not None]
+            wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
+            if not pairs or not wanted:
+                return (None,) * len(ctx.needs_input_grad)
+            outputs, grad_outputs = zip(*pairs, strict=True)
+            found = iter(
+                torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=create_graph, allow_unused=True)
+            )
+        return None, None, *(next(found) if need else None for need in needs)
+
+
+
+def register_fakes(**fakes: Callable[..., Any]) -> None:
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"normext::{name}", fake)
+
+
+def register_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    torch.library.register_autograd(f"normext::{name}", backward, setup_context=setup_context)
+
+
+def check_fake(
+    op: str,
+    input: Tensor,
+    normalized_ndim: int,
+    parameters: Sequence[Tensor | None],
+    like_input: Sequence[Tensor | None],
+) -> None:
+    if not 1 <= normalized_ndim <= input.dim():
+        raise RuntimeError(f"{op}: expected 1 to input.dim() normalized dimensions, got {normalized_ndim}")
+    normalized_shape = input.shape[input.dim() - normalized_ndim :]
+    expected = [(tensor, normalized_shape) for tensor in parameters] + [(tensor, input.shape) for tensor in like_input]
+    for tensor, shape in expected:
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise RuntimeError(f"{op}: expected a tensor of shape {list(shape)}, got {list(tensor.shape)}")
+        if tensor.device != input.device:
+            raise RuntimeError(f"{op}: expected all tensors on {input.device} like input, got {tensor.device}")
+    if not accepts_dtypes(input, *parameters):
+        raise RuntimeError(f"{op}: expected parameters of input's dtype {input.dtype}, or float32 with 16-bit input")
+
+
+def contiguous_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def channels_last_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Channels-last where torch would call the tensor so, else contiguous."""
+    return torch.empty_like(tensor, dtype=dtype, memory_format=suggest_memory_format(tensor))
+
+
+def stats_like(input: Tensor, normalized_ndim: int, planes: int) -> Tensor:
+    rows = 1
+    for size in input.shape[: input.dim() - normalized_ndim]:
+        rows = rows * size
+    return input.new_empty((planes, rows), dtype=accumulate_dtype(input))
+
+
+def accumulate_dtype(input: Tensor) -> torch.dtype:
+    """The dtype in which values are summed and normalised."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def fake_gradients(needs: int, input: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+    """Contiguous gradients, of shape [0] where not needed."""
+    return tuple(
+        contiguous_like(tensor) if tensor is not None and needs >> i & 1 else input.new_empty(0)
+        for i, tensor in enumerate((input, *parameters))
+    )

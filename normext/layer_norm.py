@@ -1,0 +1,305 @@
+"""LayerNorm (Ba, Kiros and Hinton, 2016): y = (x - mean) / sqrt(var + eps) * weight + bias, with the biased variance."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from normext import _library
+from normext._library import is_grad_enabled, special
+
+_lean = _library.direct_op("layer_norm")
+_inference = _library.overload("layer_norm_inference")
+_forward = _library.overload("layer_norm_forward")
+_backward = _library.overload("layer_norm_backward")
+_add = _library.overload("add_layer_norm")
+_add_forward = _library.overload("add_layer_norm_forward")
+_export = _library.overload("layer_norm_export")
+
+
+def reference(input: Tensor, weight: Tensor | None, bias: Tensor | None, normalized_ndim: int, eps: float) -> Tensor:
+    """In plain torch ops, for transforms and for derivatives of higher order. Centred twice: the second mean is the rounding
+    of the first, so the error does not grow with the mean."""
+    dims = tuple(range(-normalized_ndim, 0))
+    x = input.to(_library.accumulate_dtype(input))
+    x = x - x.mean(dims, keepdim=True)
+    x = x - x.mean(dims, keepdim=True)
+    y = x * torch.rsqrt((x * x).mean(dims, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    return y.to(input.dtype)
+
+
+def _fake(
+    input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, normalized_ndim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    _library.check_fake("layer_norm", input, normalized_ndim, (weight, bias), (residual,))
+    summed = input.new_empty(0) if residual is None else _library.contiguous_like(input)
+    return _library.contiguous_like(input), summed, _library.stats_like(input, normalized_ndim, 3)
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    grad_residual_out: Tensor | None,
+    input: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalized_ndim: int,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    _library.check_fake("layer_norm_backward", input, normalized_ndim, (weight, bias), (grad_output, grad_residual_out))
+    return _library.fake_gradients(needs, input, weight, bias)
+
+
+_library.register_fakes(
+    layer_norm=lambda x, w, b, eps: _fake(x, None, w, b, w.dim())[0],
+    layer_norm_inference=lambda x, w, b, ndim, eps: _fake(x, None, w, b, ndim)[0],
+    layer_norm_forward=lambda x, w, b, ndim, eps: _fake(x, None, w, b, ndim)[::2],
+    layer_norm_backward=_fake_backward,
+    layer_norm_export=lambda x, residual, w, b, ndim, eps, alpha: _fake(x, residual, w, b, ndim),
+    add_layer_norm=lambda x, residual, w, b, ndim, eps, alpha: _fake(x, residual, w, b, ndim)[:2],
+    add_layer_norm_forward=lambda x, residual, w, b, ndim, eps, alpha: _fake(x, residual, w, b, ndim),
+)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """With a residual, two outputs: the norm and what was normalised."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        input: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        normalized_ndim: int,
+        eps: float,
+        alpha: float,
+    ) -> Any:
+        ctx.arguments = normalized_ndim, eps, alpha
+        if residual is None:
+            output, stats = _forward(input, weight, bias, normalized_ndim, eps)
+            ctx.save_for_backward(input, stats, weight, bias)
+            return output
+        output, summed, stats = _add_forward(input, residual, weight, bias, normalized_ndim, eps, alpha)
+        ctx.save_for_backward(summed, stats, weight, bias)
+        ctx.set_materialize_grads(False)
+        return output, summed
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, grad_summed: Tensor | None = None) -> Any:  # type: ignore[override]
+        return _gradients(ctx, grad_output, grad_summed)
+
+
+_apply = _library.direct_apply(_LayerNorm)
+
+
+def _gradients(ctx: Any, grad_output: Tensor | None, grad_summed: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    needs_input, needs_residual, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    ndim, eps, alpha = ctx.arguments
+    grad: Tensor | None
+    if grad_output is None:
+        grad, grad_weight, grad_bias = grad_summed, None, None
+    else:
+        x, stats, weight, bias = ctx.saved_tensors
+        needs = (needs_input or needs_residual, needs_weight, needs_bias)
+        grad, grad_weight, grad_bias = _library.gradients(
+            _backward, reference, needs, grad_output, grad_summed, stats, (x, weight, bias), (ndim,), (ndim, eps)
+        )
+    grad_residual = grad if alpha == 1.0 or grad is None else grad * alpha
+    return (
+        grad if needs_input else None,
+        grad_residual if needs_residual else None,
+        grad_weight,
+        grad_bias,
+        None,
+        None,
+        None,
+    )
+
+
+def _setup_export(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    input, residual, weight, bias, normalized_ndim, eps, alpha = inputs
+    _, summed, stats = output
+    ctx.arguments = normalized_ndim, eps, alpha
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input if residual is None else summed, stats, weight, bias)
+
+
+# Programs that torch.export wrote are trained through this op: only there does an op carry its gradient itself [7-10 us a call].
+_library.register_autograd("layer_norm_export", _gradients, _setup_export)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalises over the last ``len(normalized_shape)`` dimensions; a drop-in for :func:`torch.nn.functional.layer_norm`.
+
+    Args:
+        input: ``[*, *normalized_shape]``, float32, float64, float16 or bfloat16, any strides.
+        normalized_shape: the sizes of the normalised dimensions.
+        weight: ``normalized_shape`` or None, of input's dtype, or float32 with 16-bit input.
+        bias: like weight; each may be given without the other.
+        eps: added to the variance, so in squared units of the input.
+
+    Returns:
+        A contiguous tensor of input's shape and dtype (float32 under CUDA autocast, as in torch). Statistics are taken in
+        float32 (float64 for float64 input) and are accurate at any mean.
+
+    Raises:
+        What torch.nn.functional.layer_norm of the installed torch raises for the same arguments, in its words.
+
+    Source: Ba, Kiros and Hinton, "Layer Normalization", 2016.
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        result: Tensor = handle_torch_function(
+            layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
+        )
+        return result
+    if special():
+        return _layer_norm_special(input, normalized_shape, weight, bias, eps)
+    try:
+        if input.is_cuda and _library.autocast_active(input):
+            input, weight, bias = _library.autocast(input, weight, bias)
+        if is_grad_enabled() and (
+            input.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+        ):
+            ndim = _library.normalized_ndim(input, normalized_shape, weight)
+            result = _apply(input, None, weight, bias, ndim, eps, 1.0)
+        elif weight is not None and bias is not None and weight.shape == normalized_shape:
+            result = _lean(input, weight, bias, eps)
+        else:
+            result = _inference(input, weight, bias, _library.normalized_ndim(input, normalized_shape, weight), eps)
+    except Exception as error:
+        raise _library.torchs_error(error, F.layer_norm, input, normalized_shape, weight, bias, eps) from None
+    return result
+
+
+def _layer_norm_special(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """While compiling, exporting or transforming, where an op's exception cannot be caught: arguments are checked first."""
+    if not _library.accepts(input, normalized_shape, weight, bias):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
+    if _library.autocast_active(input):
+        input, weight, bias = _library.autocast(input, weight, bias)
+    if _library.transformed():
+        return reference(input, weight, bias, len(normalized_shape), eps)
+    return _compiled(input, None, weight, bias, len(normalized_shape), eps, 1.0)[0]
+
+
+def _compiled(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalized_ndim: int,
+    eps: float,
+    alpha: float,
+) -> tuple[Tensor, Any]:
+    """The call as Dynamo and torch.export see it."""
+    found: Any
+    if _library.is_exporting():
+        found = _export(input, residual, weight, bias, normalized_ndim, eps, alpha)[:2]
+    elif _library.any_requires_grad(input, residual, weight, bias):
+        found = _LayerNorm.apply(input, residual, weight, bias, normalized_ndim, eps, alpha)
+        found = found if residual is not None else (found, None)
+    elif residual is None:
+        found = _inference(input, weight, bias, normalized_ndim, eps), None
+    else:
+        found = _add(input, residual, weight, bias, normalized_ndim, eps, alpha)
+    return found[0], found[1]
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    alpha: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """``residual_out = input + alpha * residual`` and its :func:`layer_norm`, in one pass over memory.
+
+    The sum is rounded once to input's dtype and the statistics are those of the rounded sum: the same bits as the two steps.
+
+    Args:
+        input: ``[*, *normalized_shape]``, float32, float64, float16 or bfloat16, any strides.
+        residual: of input's shape, dtype and device, any strides.
+        normalized_shape, weight, bias, eps: as in layer_norm.
+        alpha: scale of the residual; DeepNorm's alpha.
+
+    Returns:
+        ``(output, residual_out)``, both contiguous and of input's shape and dtype (under CUDA autocast output is float32).
+
+    Raises:
+        RuntimeError: if residual does not match input; otherwise what layer_norm raises for the sum.
+
+    Source: pre-norm and post-norm Transformer blocks; Wang et al., "DeepNet", 2022, for alpha.
+    """
+    if has_torch_function_variadic(input, residual, weight, bias):
+        result: tuple[Tensor, Tensor] = handle_torch_function(
+            add_layer_norm,
+            (input, residual, weight, bias),
+            input,
+            residual,
+            normalized_shape,
+            weight=weight,
+            bias=bias,
+            eps=eps,
+            alpha=alpha,
+        )
+        return result
+    if special() or _library.autocast_active(input):
+        _library.check_residual("add_layer_norm", input, residual)
+        fused = _library.is_compiling() and not (_library.transformed() or _library.autocast_active(input))
+        if fused and _library.accepts(input, normalized_shape, weight, bias):
+            return _compiled(input, residual, weight, bias, len(normalized_shape), eps, alpha)
+        return _add_unfused(input, residual, normalized_shape, weight, bias, eps, alpha)
+    try:
+        ndim = _library.normalized_ndim(input, normalized_shape, weight)
+        call = _apply if _library.any_requires_grad(input, residual, weight, bias) else _add
+        result = call(input, residual, weight, bias, ndim, eps, alpha)
+    except Exception as error:
+        _library.check_residual("add_layer_norm", input, residual)
+        _library.raise_if_out_of_memory(error, input)
+        return _add_unfused(input, residual, normalized_shape, weight, bias, eps, alpha)
+    return result
+
+
+def _add_unfused(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    alpha: float,
+) -> tuple[Tensor, Tensor]:
+    """What add_layer_norm is defined to be. Raises what layer_norm raises."""
+    summed = torch.add(input, residual, alpha=alpha)
+    return layer_norm(summed, normalized_shape, weight, bias, eps), summed
+
+
+class LayerNorm(nn.LayerNorm):
+    """:class:`torch.nn.LayerNorm`, computed by :func:`normext.layer_norm`: same arguments, parameters and state_dict.
+
+    Input ``[*, *normalized_shape]``, output contiguous and of the same shape and dtype.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)

@@ -1,0 +1,430 @@
+"""RMSNorm (Zhang and Sennrich, 2019): y = x / sqrt(mean(x^2) + eps) * weight."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from normext import _library
+from normext._library import is_grad_enabled, special
+
+_lean = _library.direct_op("rms_norm")
+_inference = _library.overload("rms_norm_inference")
+_forward = _library.overload("rms_norm_forward")
+_backward = _library.overload("rms_norm_backward")
+_add = _library.overload("add_rms_norm")
+_add_forward = _library.overload("add_rms_norm_forward")
+_fused = _library.overload("fused_add_rms_norm_")
+_export = _library.overload("rms_norm_export")
+
+# eps=None means the machine epsilon of the dtype in which is accumulated.
+_EPS = {dtype: torch.finfo(torch.float32).eps for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+_EPS[torch.float64] = torch.finfo(torch.float64).eps
+
+
+def reference(
+    input: Tensor, weight: Tensor | None, normalized_ndim: int, eps: float, weight_offset: float, rounding: int
+) -> Tensor:
+    """In plain torch ops, for transforms, for derivatives of higher order and for mixes of dtypes that no kernel takes."""
+    dims = tuple(range(-normalized_ndim, 0))
+    x = input.to(_library.accumulate_dtype(input))
+    y = x * torch.rsqrt((x * x).mean(dims, keepdim=True) + eps)
+    dtype = input.dtype
+    if rounding == _library.ROUNDINGS["llama"]:
+        y = y.to(dtype).to(x.dtype)
+        dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
+    if weight is not None:
+        y = y * (weight.to(x.dtype) + weight_offset if weight_offset != 0.0 else weight.to(x.dtype))
+    return y.to(dtype)
+
+
+def _fake(
+    input: Tensor, residual: Tensor | None, weight: Tensor | None, normalized_ndim: int, rounding: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    _library.check_fake("rms_norm", input, normalized_ndim, (weight,), (residual,))
+    dtype = input.dtype if weight is None or rounding != _library.ROUNDINGS["llama"] else weight.dtype
+    stats = _library.stats_like(input, normalized_ndim, 1)
+    if residual is None:
+        return _library.channels_last_like(input, dtype), input.new_empty(0), stats
+    return _library.contiguous_like(input, dtype), _library.contiguous_like(input), stats
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    grad_residual_out: Tensor | None,
+    input: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    normalized_ndim: int,
+    weight_offset: float,
+    rounding: int,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    _library.check_fake("rms_norm_backward", input, normalized_ndim, (weight,), (grad_output, grad_residual_out))
+    return _library.fake_gradients(needs, input, weight)
+
+
+def _fake_fused(input: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+    _library.check_fake("fused_add_rms_norm_", input, weight.dim(), (weight,), (residual,))
+
+
+_library.register_fakes(
+    rms_norm=lambda x, w, eps: _fake(x, None, w, w.dim())[0],
+    rms_norm_inference=lambda x, w, ndim, eps, offset, rounding: _fake(x, None, w, ndim, rounding)[0],
+    rms_norm_forward=lambda x, w, ndim, eps, offset, rounding: _fake(x, None, w, ndim, rounding)[::2],
+    rms_norm_backward=_fake_backward,
+    rms_norm_export=lambda x, residual, w, ndim, eps, offset, rounding: _fake(x, residual, w, ndim, rounding),
+    add_rms_norm=lambda x, residual, w, ndim, eps, offset, rounding: _fake(x, residual, w, ndim, rounding)[:2],
+    add_rms_norm_forward=lambda x, residual, w, ndim, eps, offset, rounding: _fake(x, residual, w, ndim, rounding),
+    fused_add_rms_norm_=_fake_fused,
+)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With a residual, two outputs: the norm and what was normalised."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        input: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        normalized_ndim: int,
+        eps: float,
+        weight_offset: float,
+        rounding: int,
+    ) -> Any:
+        ctx.arguments = normalized_ndim, eps, weight_offset, rounding
+        if residual is None:
+            output, stats = _forward(input, weight, normalized_ndim, eps, weight_offset, rounding)
+            ctx.save_for_backward(input, stats, weight)
+            return output
+        output, summed, stats = _add_forward(input, residual, weight, normalized_ndim, eps, weight_offset, rounding)
+        ctx.save_for_backward(summed, stats, weight)
+        ctx.set_materialize_grads(False)
+        return output, summed
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, grad_summed: Tensor | None = None) -> Any:  # type: ignore[override]
+        return _gradients(ctx, grad_output, grad_summed)
+
+
+_apply = _library.direct_apply(_RMSNorm)
+
+
+def _gradients(ctx: Any, grad_output: Tensor | None, grad_summed: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    needs_input, needs_residual, needs_weight, *_ = ctx.needs_input_grad
+    grad: Tensor | None
+    if grad_output is None:
+        grad, grad_weight = grad_summed, None
+    else:
+        x, stats, weight = ctx.saved_tensors
+        ndim, eps, weight_offset, rounding = ctx.arguments
+        grad, grad_weight = _library.gradients(
+            _backward,
+            reference,
+            (needs_input or needs_residual, needs_weight),
+            grad_output,
+            grad_summed,
+            stats,
+            (x, weight),
+            (ndim, weight_offset, rounding),
+            (ndim, eps, weight_offset, rounding),
+        )
+    return grad if needs_input else None, grad if needs_residual else None, grad_weight, None, None, None, None
+
+
+def _setup_export(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    input, residual, weight, *arguments = inputs
+    _, summed, stats = output
+    ctx.arguments = tuple(arguments)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input if residual is None else summed, stats, weight)
+
+
+# Programs that torch.export wrote are trained through this op: only there does an op carry its gradient itself [7-10 us a call].
+_library.register_autograd("rms_norm_export", _gradients, _setup_export)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+    rounding: str = "torch",
+) -> Tensor:
+    """Scales the last ``len(normalized_shape)`` dimensions to a root mean square of 1; a drop-in for
+    :func:`torch.nn.functional.rms_norm`.
+
+    Args:
+        input: ``[*, *normalized_shape]``, float32, float64, float16 or bfloat16, any strides.
+        normalized_shape: the sizes of the normalised dimensions.
+        weight: ``normalized_shape`` or None, of input's dtype, or float32 with 16-bit input. Any other mix of dtypes, and
+            complex input, is computed by torch's own function.
+        eps: added to the mean square, so in squared units of the input. None: the machine epsilon of float32 (of float64
+            for float64 input).
+        weight_offset: the weight used is ``weight_offset + weight``, added in float32. Gemma stores ``weight - 1``: 1.0.
+        rounding: "torch" rounds once, at the end. "llama" rounds the normalised value to input's dtype and then multiplies,
+            in the dtype of weight and input promoted, as Hugging Face's Llama does.
+
+    Returns:
+        A tensor of input's shape and dtype (but see rounding; float32 under CUDA autocast from torch 2.12 on, as in torch),
+        channels-last where a 4- or 5-dimensional input is, else contiguous, as in torch.
+
+    Raises:
+        What torch.nn.functional.rms_norm of the installed torch raises for the same arguments, in its words.
+        ValueError: for an unknown rounding.
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; roundings of Hugging Face transformers.
+    """
+    if has_torch_function_variadic(input, weight):
+        result: Tensor = handle_torch_function(
+            rms_norm,
+            (input, weight),
+            input,
+            normalized_shape,
+            weight=weight,
+            eps=eps,
+            weight_offset=weight_offset,
+            rounding=rounding,
+        )
+        return result
+    if special():
+        return _rms_norm_special(input, normalized_shape, weight, eps, weight_offset, rounding)
+    try:
+        if input.is_cuda and _library.autocast_active(input) and _library.AUTOCASTS_RMS_NORM:
+            input, weight = _library.autocast(input, weight)
+        epsilon = _EPS[input.dtype] if eps is None else eps
+        if is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad)):
+            ndim = _library.normalized_ndim(input, normalized_shape, weight)
+            result = _apply(input, None, weight, ndim, epsilon, weight_offset, _library.ROUNDINGS[rounding])
+        elif rounding == "torch" and weight_offset == 0.0 and weight is not None and weight.shape == normalized_shape:
+            result = _lean(input, weight, epsilon)
+        else:
+            ndim = _library.normalized_ndim(input, normalized_shape, weight)
+            result = _inference(input, weight, ndim, epsilon, weight_offset, _library.ROUNDINGS[rounding])
+    except Exception as error:
+        return _refused(error, input, normalized_shape, weight, eps, weight_offset, rounding)
+    return result
+
+
+def _refused(
+    error: Exception,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    eps: float | None,
+    weight_offset: float,
+    rounding: str,
+) -> Tensor:
+    """Mixes of dtypes that no kernel takes are computed as torch does; anything else raises."""
+    if rounding not in _library.ROUNDINGS:
+        raise ValueError(f"rms_norm: expected rounding 'torch' or 'llama', got {rounding!r}") from None
+    if isinstance(input, Tensor) and not _library.accepts_dtypes(input, weight):
+        if weight_offset == 0.0 and rounding == "torch":
+            return F.rms_norm(input, normalized_shape, weight, eps)  # type: ignore[arg-type]
+        known = input.dtype in _EPS and (weight is None or weight.dtype in _EPS)
+        if known and _library.accepts_shapes(input, normalized_shape, weight):
+            epsilon = _EPS[input.dtype] if eps is None else eps
+            ndim = len(normalized_shape)
+            return reference(input, weight, ndim, epsilon, weight_offset, _library.ROUNDINGS[rounding])
+    raise _library.torchs_error(error, F.rms_norm, input, normalized_shape, weight, eps) from None
+
+
+def _rms_norm_special(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    eps: float | None,
+    weight_offset: float,
+    rounding: str,
+) -> Tensor:
+    """While compiling, exporting or transforming, where an op's exception cannot be caught: arguments are checked first."""
+    if rounding not in _library.ROUNDINGS or not _library.accepts(input, normalized_shape, weight):
+        error = RuntimeError("rms_norm: expected weight and input with the dimensions normalized_shape, on one device")
+        return _refused(error, input, normalized_shape, weight, eps, weight_offset, rounding)
+    if _library.AUTOCASTS_RMS_NORM and _library.autocast_active(input):
+        input, weight = _library.autocast(input, weight)
+    epsilon = _EPS[input.dtype] if eps is None else eps
+    arguments = len(normalized_shape), epsilon, weight_offset, _library.ROUNDINGS[rounding]
+    if _library.transformed():
+        return reference(input, weight, *arguments)
+    return _compiled(input, None, weight, *arguments)[0]
+
+
+def _compiled(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    normalized_ndim: int,
+    eps: float,
+    weight_offset: float,
+    rounding: int,
+) -> tuple[Tensor, Any]:
+    """The call as Dynamo and torch.export see it."""
+    found: Any
+    if _library.is_exporting():
+        found = _export(input, residual, weight, normalized_ndim, eps, weight_offset, rounding)
+    elif _library.any_requires_grad(input, residual, weight):
+        found = _RMSNorm.apply(input, residual, weight, normalized_ndim, eps, weight_offset, rounding)
+        found = found if residual is not None else (found, None)
+    elif residual is None:
+        found = _inference(input, weight, normalized_ndim, eps, weight_offset, rounding), None
+    else:
+        found = _add(input, residual, weight, normalized_ndim, eps, weight_offset, rounding)
+    return found[0], found[1]
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+    rounding: str = "torch",
+) -> tuple[Tensor, Tensor]:
+    """``residual_out = input + residual`` and its :func:`rms_norm`, in one pass over memory.
+
+    The sum is rounded once to input's dtype and the statistics are those of the rounded sum: the same bits as the two steps.
+
+    Args:
+        input: ``[*, *normalized_shape]``, float32, float64, float16 or bfloat16, any strides.
+        residual: of input's shape, dtype and device, any strides.
+        normalized_shape, weight, eps, weight_offset, rounding: as in rms_norm.
+
+    Returns:
+        ``(output, residual_out)``, both contiguous and of input's shape; residual_out has input's dtype, output that of
+        rms_norm.
+
+    Raises:
+        RuntimeError: if residual does not match input; otherwise what rms_norm raises for the sum.
+
+    Source: the fused residual norms of vLLM and FlashInfer, with the rounded sum of Hugging Face transformers.
+    """
+    if has_torch_function_variadic(input, residual, weight):
+        result: tuple[Tensor, Tensor] = handle_torch_function(
+            add_rms_norm,
+            (input, residual, weight),
+            input,
+            residual,
+            normalized_shape,
+            weight=weight,
+            eps=eps,
+            weight_offset=weight_offset,
+            rounding=rounding,
+        )
+        return result
+    if special() or _library.autocast_active(input):
+        _library.check_residual("add_rms_norm", input, residual)
+        fused = _library.is_compiling() and not (_library.transformed() or _library.autocast_active(input))
+        if fused and rounding in _library.ROUNDINGS and _library.accepts(input, normalized_shape, weight):
+            epsilon = _EPS[input.dtype] if eps is None else eps
+            ndim = len(normalized_shape)
+            return _compiled(input, residual, weight, ndim, epsilon, weight_offset, _library.ROUNDINGS[rounding])
+        return _add_unfused(input, residual, normalized_shape, weight, eps, weight_offset, rounding)
+    try:
+        ndim = _library.normalized_ndim(input, normalized_shape, weight)
+        epsilon = _EPS[input.dtype] if eps is None else eps
+        call = _apply if _library.any_requires_grad(input, residual, weight) else _add
+        result = call(input, residual, weight, ndim, epsilon, weight_offset, _library.ROUNDINGS[rounding])
+    except Exception as error:
+        _library.check_residual("add_rms_norm", input, residual)
+        _library.raise_if_out_of_memory(error, input)
+        return _add_unfused(input, residual, normalized_shape, weight, eps, weight_offset, rounding)
+    return result
+
+
+def _add_unfused(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    eps: float | None,
+    weight_offset: float,
+    rounding: str,
+) -> tuple[Tensor, Tensor]:
+    """What add_rms_norm is defined to be. Raises what rms_norm raises."""
+    summed = input + residual
+    return rms_norm(summed, normalized_shape, weight, eps, weight_offset=weight_offset, rounding=rounding), summed
+
+
+def fused_add_rms_norm_(input: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+    """In place on both: ``residual += input``, then ``input = rms_norm(residual)``. The contract of vLLM and FlashInfer.
+
+    Args:
+        input: ``[*, *weight.shape]``, float32, float64, float16 or bfloat16; overwritten with the norm.
+        residual: of input's shape, dtype and device; overwritten with the sum, rounded once.
+        weight: of input's dtype, or float32 with 16-bit input.
+        eps: added to the mean square, so in squared units of the input.
+
+    Raises:
+        RuntimeError: if grad mode is on and an argument requires grad (use add_rms_norm); if input or residual overlaps
+            itself, the other or weight; if shapes, dtypes or devices do not match.
+
+    Source: vLLM's fused_add_rms_norm, with the statistics of the rounded sum, as in Hugging Face transformers.
+    """
+    if has_torch_function_variadic(input, residual, weight):
+        handle_torch_function(fused_add_rms_norm_, (input, residual, weight), input, residual, weight, eps)
+        return
+    if _library.any_requires_grad(input, residual, weight):
+        raise RuntimeError(
+            "fused_add_rms_norm_: expected arguments that do not require grad, because it overwrites input and residual; "
+            "use add_rms_norm, or torch.no_grad()"
+        )
+    if _library.transformed():
+        _library.check_residual("fused_add_rms_norm_", input, residual)
+        residual.add_(input)
+        input.copy_(rms_norm(residual, weight.shape, weight, eps))
+        return
+    try:
+        _fused(input, residual, weight, eps)
+    except MemoryError as error:
+        _library.raise_if_out_of_memory(error, input)
+    if not _library.is_compiling():
+        torch.autograd.graph.increment_version((input, residual))
+
+
+class RMSNorm(nn.RMSNorm):
+    """:class:`torch.nn.RMSNorm`, computed by :func:`normext.rms_norm`: same arguments, parameters and state_dict.
+
+    Input ``[*, *normalized_shape]``, output of the same shape. The keyword-only extras are those of rms_norm; the weight
+    starts at ``1 - weight_offset``, so that a new layer scales by 1.
+    """
+
+    weight_offset: float = 0.0
+    rounding: str = "torch"
+
+    def __init__(
+        self, *args: Any, weight_offset: float = 0.0, rounding: str = "torch", **kwargs: Any
+    ) -> None:
+        if rounding not in _library.ROUNDINGS:
+            raise ValueError(f"RMSNorm: expected rounding 'torch' or 'llama', got {rounding!r}")
+        self.weight_offset = weight_offset
+        self.rounding = rounding
+        super().__init__(*args, **kwargs)
+
+    def reset_parameters(self) -> None:
+        if self.elementwise_affine:
+            nn.init.constant_(self.weight, 1.0 - self.weight_offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(
+            x,
+            self.normalized_shape,
+            self.weight,
+            self.eps,
+            weight_offset=self.weight_offset,
+            rounding=self.rounding,
+        )
+
+    def extra_repr(self) -> str:
+        extras = f", weight_offset={self.weight_offset}" if self.weight_offset != 0.0 else ""
+        extras += f", rounding={self.rounding}" if self.rounding != "torch" else ""
+        return super().extra_repr() + extras
