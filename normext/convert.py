@@ -82,8 +82,8 @@ def convert(model: nn.Module, example: Any = None) -> Report:
     `torch.nn.LayerNorm` or `torch.nn.RMSNorm`, and modules of other classes with "norm" in their name, as in Hugging
     Face `transformers`, that are found to compute `rms_norm` (with some rounding and weight_offset) or `layer_norm`:
     the same dtype and bits as the plain torch formula in float32, bfloat16, float16 and the mixes of float32 and
-    bfloat16, at three scales. Their new class is a subclass of their own, so isinstance, pickle and deepcopy go on to work. In
-    float64 ours computes in float64, where such classes often compute in float32.
+    bfloat16, at three scales. Their new class is a subclass of their own, so isinstance, pickle and deepcopy go on to
+    work. In float64 ours computes in float64, where such classes often compute in float32.
 
     Refused, with a reason in the report: subclasses of the torch classes, parametrised and scripted modules, modules
     whose forward was replaced on the instance by anything but accelerate's hooks, and norms that compute something
