@@ -1,0 +1,100 @@
+"""What the raw results of the CPU grid mean: speed-ups, copy-speed bounds, who is slower. Pure arithmetic, no torch."""
+
+import math
+import statistics
+from dataclasses import dataclass
+
+import traffic
+
+SLOWER = 0.97  # a ratio below this in every run is a slower case
+SMALL_INPUT = 128 * 1024  # bytes of input below which a training step is judged by its extra time, not by the ratio
+OUT_OF_CACHE = 32 << 20  # bytes of input and output from which no cache of these cores holds a case
+ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+OPS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+
+
+def geomean(values):
+    values = list(values)
+    return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
+
+
+@dataclass(frozen=True)
+class OpKind:
+    """As much of an op as its traffic depends on."""
+
+    centred: bool
+    fused: bool
+
+    @classmethod
+    def of(cls, name):
+        return cls(centred="layer" in name, fused=name.startswith("add_"))
+
+
+class Figure:
+    """One case of the grid over its runs."""
+
+    def __init__(self, case):
+        self.case = case
+        self.op, self.kind, self.dtype = case["op"], case["pass"], case["dtype"]
+        self.rows, self.cols = case["rows"], case["cols"]
+
+    @property
+    def shape(self):
+        return f"{self.rows}x{self.cols}"
+
+    @property
+    def input_bytes(self):
+        return self.rows * self.cols * ITEM_SIZE[self.dtype]
+
+    @property
+    def floor_bytes(self):
+        count = traffic.train if self.kind == "train" else traffic.forward
+        size = ITEM_SIZE[self.dtype]
+        return count(OpKind.of(self.op), self.rows, self.cols, size, size)
+
+    @property
+    def out_of_cache(self):
+        return 2 * self.input_bytes >= OUT_OF_CACHE
+
+    def us(self, name="normext"):
+        return statistics.median(self.case["us"][name])
+
+    def has(self, name):
+        return name in self.case["us"]
+
+    def speedup(self, over="eager"):
+        return statistics.median(self.case["speedup"][over])
+
+    def slower(self, than="eager"):
+        return self.has(than) and max(self.case["speedup"][than]) < SLOWER
+
+    def extra_us(self):
+        """Least extra time over torch eager among the runs: what every run agrees on."""
+        us = self.case["us"]
+        return min(ours - eager for ours, eager in zip(us["normext"], us["eager"], strict=True))
+
+    def copy_bound_us(self):
+        """Time of a kernel that moves the op's floor of bytes at the speed of the copy measured beside it."""
+        copy_bytes = traffic.copy(self.rows, self.cols, ITEM_SIZE[self.dtype])
+        return self.us("copy") * self.floor_bytes / copy_bytes
+
+    def speedup_at_copy_speed(self):
+        return self.us("eager") / self.copy_bound_us()
+
+    def share_of_copy_rate(self):
+        """Bytes per second over the copy's, the floor counted as the bytes."""
+        return self.copy_bound_us() / self.us()
+
+
+def select(section, op=None, kind=None, dtype=None):
+    """Figures of a cpu section; None leaves a property open."""
+    chosen = [Figure(case) for case in section["cases"]]
+    for name, wanted in (("op", op), ("kind", kind), ("dtype", dtype)):
+        chosen = [figure for figure in chosen if wanted in (None, getattr(figure, name))]
+    return chosen
+
+
+def other_load(section):
+    """Largest share of the processors that other processes took during any measurement of a section."""
+    loads = [load for case in section["cases"] for load in case.get("other_load", []) if load is not None]
+    return max(loads, default=math.nan)

@@ -1,0 +1,224 @@
+"""Tables and a plot from results files, so that every published figure comes from a committed result.
+
+python benchmarks/report.py                          writes <machine>.md and <machine>.svg beside each results file
+python benchmarks/report.py --readme README.md       and puts the summary between README's benchmark markers
+python benchmarks/report.py --readme README.md --check   fails if that would change README
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from statistics import median
+
+import figures
+import machine
+from figures import geomean, select
+
+BEGIN, END = "<!-- benchmarks: begin (written by benchmarks/report.py) -->", "<!-- benchmarks: end -->"
+DTYPES = ("float32", "bfloat16")
+
+
+def table(header, rows):
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def times(value):
+    return "-" if value is None or value != value else f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
+
+
+def microseconds(value):
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def provenance(section):
+    load = figures.other_load(section)
+    busy = f"; other load at most {load:.0%} of the processors" if load == load else ""
+    made = f"Commit {section['commit']}, {section['date']}, `{section['command']}`"
+    return f"{made}, median of {section['runs']} runs{busy}."
+
+
+# CPU grid ---------------------------------------------------------------------------------------------------------
+def speedups(section, op, kind, over):
+    """Geometric means over the grid: both dtypes, then each."""
+    for dtype in (None, *DTYPES):
+        yield times(geomean(f.speedup(over) for f in select(section, op, kind, dtype) if f.has(over)))
+
+
+def summary(section):
+    header = [
+        "op",
+        "forward / eager",
+        "float32",
+        "bfloat16",
+        "a kernel at copy speed",
+        "forward / compiled",
+        "forward+backward / eager",
+    ]
+    rows = []
+    for op in figures.OPS:
+        bound = times(geomean(f.speedup_at_copy_speed() for f in select(section, op, "forward")))
+        compiled, train = (
+            next(speedups(section, op, "forward", "compiled")),
+            next(speedups(section, op, "train", "eager")),
+        )
+        rows.append([op, *speedups(section, op, "forward", "eager"), bound, compiled, train])
+    slower = {rival: sum(f.slower(rival) for f in select(section, kind="forward")) for rival in ("eager", "compiled")}
+    count = len(select(section, kind="forward"))
+    against = ", ".join(f"{number} against {rival}" for rival, number in slower.items())
+    return table(header, rows) + f"\nSlower in every run, of {count} forward cases: {against}.\n"
+
+
+def by_shape(section, op):
+    header = ["shape"]
+    for dtype in DTYPES:
+        header += [f"{dtype} us", "eager", "compiled", "copy speed", "forward+backward us", "eager", "copy speed"]
+    rows = {}
+    for figure in select(section, op):
+        row = rows.setdefault(figure.shape, {})
+        cells = [microseconds(figure.us()), times(figure.speedup())]
+        if figure.kind == "forward":
+            cells.append(times(figure.speedup("compiled") if figure.has("compiled") else None))
+        row[figure.dtype, figure.kind] = [*cells, times(figure.speedup_at_copy_speed())]
+
+    def cells(row):
+        for dtype in DTYPES:
+            yield from row.get((dtype, "forward"), ["-"] * 4)
+            yield from row.get((dtype, "train"), ["-"] * 3)
+
+    return table(header, [[shape, *cells(row)] for shape, row in rows.items()])
+
+
+def copy_rates(section, op=None):
+    """Share of the copy's rate by shape, warm pages."""
+    ops = figures.OPS if op is None else (op,)
+    rows = {}
+    for figure in select(section, kind="forward"):
+        if figure.op in ops:
+            mark = " *" if figure.out_of_cache else ""
+            rows.setdefault(figure.shape, {})[figure.op, figure.dtype] = f"{figure.share_of_copy_rate():.0%}{mark}"
+    header = ["shape", *(f"{name} {dtype}" for name in ops for dtype in DTYPES)]
+    return table(header, [[shape, *(row.get((n, d), "-") for n in ops for d in DTYPES)] for shape, row in rows.items()])
+
+
+def copy_rate_summary(section):
+    rows = []
+    for op in figures.OPS:
+        cells = []
+        for dtype in DTYPES:
+            large = [f.share_of_copy_rate() for f in select(section, op, "forward", dtype) if f.out_of_cache]
+            cells.append(f"{min(large):.0%} - {max(large):.0%}" if large else "-")
+        rows.append([op, *cells, *speedups(section, op, "forward", "eager")])
+    return table(["op", "float32", "bfloat16", "forward / eager", "float32", "bfloat16"], rows)
+
+
+# Calls, blocks, accuracy ------------------------------------------------------------------------------------------
+def calls(section):
+    names = ("normext.layer_norm", "normext.rms_norm", "F.layer_norm", "F.rms_norm")
+    rows = []
+    for case in section["cases"]:
+        if case["kind"] == "call":
+            relative = {"F.layer_norm": [1.0], **case["relative"]}
+            rows.append([case["what"], *(f"{median(case['us'][n]):.2f} ({median(relative[n]):.2f}x)" for n in names)])
+    return table(["1x64 float32, us per call", *names], rows)
+
+
+def blocks(section):
+    rows, names = [], []
+    for case in section["cases"]:
+        if case["kind"] == "block":
+            names = list(case["us"])
+            rows.append([case["what"], *(microseconds(median(case["us"][name])) for name in names)])
+    return table(["transformer block, us", *names], rows)
+
+
+def accuracy(section):
+    names = list(dict.fromkeys(case["backend"] for case in section["cases"]))
+    rows = {}
+    for case in section["cases"]:
+        figure = case["figure"]
+        text = f"{figure:.2g}" if figure < 1e4 else f"{figure:.0e}"
+        rows.setdefault((case["op"], case["quantity"], case["inputs"]), {})[case["backend"]] = text
+    header = ["op", "quantity", "inputs", *names]
+    return table(header, [[*key, *(row.get(name, "-") for name in names)] for key, row in rows.items()])
+
+
+# Documents --------------------------------------------------------------------------------------------------------
+def heading(results):
+    about = results["machine"]
+    isa = f" ({about['isa']})" if about.get("isa") else ""
+    return f"{about['cpu']}, {about['threads']} threads{isa}, torch {about['torch']}, {about['system']}."
+
+
+def render(results, details=True):
+    """Markdown of everything in a results file, or of what fits into README."""
+    sections, parts = results["sections"], [heading(results)]
+
+    def part(title, name, *bodies):
+        if name in sections:
+            texts = [body(sections[name]) for body in bodies]
+            parts.append("\n\n".join([f"### {title}", *texts, provenance(sections[name])]))
+
+    part("Speed: times torch eager and torch.compile, geometric means over the grid", "cpu_fresh", summary)
+    part(
+        f"Share of the rate of `y.copy_(x)`, warm pages, from {figures.OUT_OF_CACHE >> 20} MB",
+        "cpu_warm",
+        copy_rate_summary,
+    )
+    part("Call overhead and compiled blocks", "overhead", calls, blocks)
+    part("Largest error, in units of the accuracy contract (limit 4)", "accuracy", accuracy)
+    if details and "cpu_fresh" in sections:
+        for op in figures.OPS:
+            parts.append(f"### {op} by shape, times torch\n\n" + by_shape(sections["cpu_fresh"], op))
+    if details and "cpu_warm" in sections:
+        note = "Bytes per second as a share of the copy's; * marks cases out of cache.\n\n"
+        parts.append("### Share of the copy's rate by shape, warm pages\n\n" + note + copy_rates(sections["cpu_warm"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def write(path):
+    """The tables and the plot of one results file, beside it."""
+    results = machine.load(path)
+    path.with_suffix(".md").write_text(
+        f"# Results: {path.stem}\n\nWritten by report.py from {path.name}.\n\n" + render(results)
+    )
+    if "cpu_fresh" in results["sections"]:
+        try:
+            import plot
+        except ImportError:
+            print("matplotlib is not installed: no plot", file=sys.stderr)
+        else:
+            plot.save(results, path.with_suffix(".svg"))
+
+
+def readme(path, results, check):
+    text = path.read_text()
+    if BEGIN not in text or END not in text:
+        raise SystemExit(f"{path} needs the two lines that mark where the tables go:\n{BEGIN}\n{END}")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    updated = f"{before}{BEGIN}\n{render(results, details=False)}{END}{after}"
+    if check and updated != text:
+        raise SystemExit(
+            f"{path} does not show the committed results; run `python benchmarks/report.py --readme {path}`"
+        )
+    path.write_text(updated)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", type=Path, help="default: every file in benchmarks/results")
+    parser.add_argument("--readme", type=Path, help="takes its tables from the first results file")
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    paths = args.results or sorted(
+        path for path in machine.RESULTS.glob("*.json") if "gpu" not in machine.load(path)["machine"]
+    )
+    if not args.check:
+        for path in paths:
+            write(path)
+    if args.readme:
+        readme(args.readme, machine.load(paths[0]), args.check)
+
+
+if __name__ == "__main__":
+    main()

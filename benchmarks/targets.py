@@ -1,0 +1,103 @@
+"""Speed and accuracy targets of the project, checked against results: `python benchmarks/targets.py [results.json]`."""
+
+import sys
+from pathlib import Path
+
+import figures
+import machine
+
+FORWARD = {  # (op, dtype; None: both together): geometric mean over the grid, times torch eager
+    ("layer_norm", None): 1.9,
+    ("rms_norm", None): 6.0,
+    ("rms_norm", "float32"): 4.5,
+    ("add_rms_norm", None): 5.0,
+    ("add_rms_norm", "float32"): 4.0,
+}
+COPY_RATE = {"float32": 0.9, "bfloat16": 0.7}  # of y.copy_(x), warm pages, out of cache, ops without residual
+SMALL_TRAIN_US = 40  # most extra time of a training step on less than figures.SMALL_INPUT
+CALL = 1.1  # times F.layer_norm's time, without gradients
+TRAIN_CALL = 1.4  # the same, forward and backward
+ACCURACY = 4.0
+
+
+def cpu_fresh(section):
+    for (op, dtype), wanted in FORWARD.items():
+        chosen = figures.select(section, op, "forward", dtype)
+        reached = figures.geomean(figure.speedup() for figure in chosen)
+        yield reached >= wanted, f"{op} forward, {dtype or 'both dtypes'}: {reached:.2f}x torch eager, target {wanted}x"
+    for rival in ("eager", "compiled"):
+        slower = [figure for figure in figures.select(section, kind="forward") if figure.slower(rival)]
+        yield not slower, f"forward, cases slower than torch {rival} in every run: {listed(slower, rival)}"
+    train = figures.select(section, kind="train")
+    slower = [figure for figure in train if figure.input_bytes >= figures.SMALL_INPUT and figure.slower()]
+    yield (
+        not slower,
+        f"forward+backward from 128 KB, cases slower than torch eager in every run: {listed(slower, 'eager')}",
+    )
+    small = [figure for figure in train if figure.input_bytes < figures.SMALL_INPUT]
+    extra = max((figure.extra_us() for figure in small), default=0.0)
+    yield (
+        extra <= SMALL_TRAIN_US,
+        f"forward+backward below 128 KB: at most {extra:.1f} us above torch, target {SMALL_TRAIN_US} us",
+    )
+
+
+def listed(slower, rival):
+    return ", ".join(f"{f.op} {f.dtype} {f.shape} {f.speedup(rival):.2f}x" for f in slower) or "none"
+
+
+def cpu_warm(section):
+    for op in ("layer_norm", "rms_norm"):
+        for dtype, wanted in COPY_RATE.items():
+            chosen = [figure for figure in figures.select(section, op, "forward", dtype) if figure.out_of_cache]
+            if chosen:
+                worst = min(chosen, key=figures.Figure.share_of_copy_rate)
+                share = worst.share_of_copy_rate()
+                yield (
+                    share >= wanted,
+                    f"{op} {dtype}, warm pages: {share:.0%} of the copy's rate at {worst.shape}, target {wanted:.0%}",
+                )
+
+
+def overhead(section):
+    for case in section["cases"]:
+        if case["kind"] == "call":
+            train = case["what"] == "forward+backward"
+            for name in ("normext.layer_norm",) if train else ("normext.layer_norm", "normext.rms_norm"):
+                runs, wanted = case["relative"][name], TRAIN_CALL if train else CALL
+                figure = sorted(runs)[len(runs) // 2]
+                yield figure <= wanted, f"{name} 1x64, {case['what']}: {figure:.2f}x F.layer_norm, target {wanted}x"
+
+
+def accuracy(section):
+    for backend in sorted({case["backend"] for case in section["cases"]} - {"torch"}):
+        worst = max((case for case in section["cases"] if case["backend"] == backend), key=lambda case: case["figure"])
+        what = f"{worst['op']} {worst['quantity']}, {worst['inputs']}"
+        yield worst["figure"] <= ACCURACY, f"{backend}: largest error {worst['figure']:.2f} ({what}), target {ACCURACY}"
+
+
+def check(results):
+    """(met, sentence) for every target that the results speak about."""
+    for name, test in (
+        ("cpu_fresh", cpu_fresh),
+        ("cpu_warm", cpu_warm),
+        ("overhead", overhead),
+        ("accuracy", accuracy),
+    ):
+        if name in results["sections"]:
+            yield from test(results["sections"][name])
+
+
+def main():
+    paths = [Path(argument) for argument in sys.argv[1:]] or sorted(machine.RESULTS.glob("*.json"))
+    missed = 0
+    for path in paths:
+        print(path.name)
+        for met, sentence in check(machine.load(path)):
+            missed += not met
+            print(f"  {'met   ' if met else 'MISSED'}  {sentence}")
+    sys.exit(missed != 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Interleaved paired medians on a machine that may not be idle.
+
+Contenders take turns, in an order that rotates, so that slow drifts (clock, temperature, neighbours) hit all of them
+alike; the speed-up is the median over rounds of the ratio within a round. While a case runs, /proc/stat tells how much
+processor time went to others; a disturbed measurement is repeated, and the least disturbed attempt is kept together
+with its load.
+"""
+
+import gc
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from itertools import repeat
+
+SAMPLE_SECONDS = 1e-3  # one sample is as many calls as take this long
+TOLERATED_LOAD = 0.05  # share of all processors that others may use during a measurement
+TICK = 1 / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Measured:
+    seconds: dict[str, float]  # median time of one call
+    speedup: dict[str, float]  # median over rounds of contender's time / subject's time
+    rounds: int
+    other_load: float | None  # share of all processors used by others; None where the system does not say
+
+
+class LoadMeter:
+    """Share of all processors' time, since construction, that went to anything but this process."""
+
+    def __init__(self):
+        self.start = self._read()
+
+    @staticmethod
+    def _read():
+        try:
+            with open("/proc/stat") as stat:
+                lines = [line.split() for line in stat if line.startswith("cpu")]
+        except OSError:
+            return None
+        user, nice, system, _idle, _iowait, irq, softirq, steal = (int(field) for field in lines[0][1:9])
+        busy = (user + nice + system + irq + softirq + steal) * TICK
+        return busy, time.process_time(), time.perf_counter(), len(lines) - 1
+
+    def other(self):
+        if self.start is None:
+            return None
+        busy, own, clock, cpus = self._read()
+        elapsed = cpus * (clock - self.start[2])
+        # The counters advance in ticks: what one tick per processor could explain is not held against anybody.
+        others = (busy - self.start[0]) - (own - self.start[1]) - cpus * TICK
+        return max(0.0, others / elapsed)
+
+
+def _sample(call, calls):
+    """Seconds per call over `calls` calls, after one untimed call that restores this contender's caches and pages."""
+    call()
+    start = time.perf_counter()
+    for _ in repeat(None, calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+def _calls_per_sample(call):
+    call()
+    start = time.perf_counter()
+    call()
+    first = time.perf_counter() - start
+    if first > SAMPLE_SECONDS:
+        return 1
+    return max(1, round(SAMPLE_SECONDS / _sample(call, max(1, round(SAMPLE_SECONDS / 10 / max(first, 1e-7))))))
+
+
+def interleave(contenders, subject, budget, min_rounds=5, max_rounds=99):
+    """Times callables in turn for about `budget` seconds. `subject` names the one that the others are compared with."""
+    names = list(contenders)
+    calls = {name: _calls_per_sample(call) for name, call in contenders.items()}
+    samples = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        meter, start, rounds = LoadMeter(), time.perf_counter(), 0
+        while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() - start < budget):
+            turn = rounds % len(names)
+            for name in names[turn:] + names[:turn]:
+                samples[name].append(_sample(contenders[name], calls[name]))
+            rounds += 1
+        load = meter.other()
+    finally:
+        if collecting:
+            gc.enable()
+    seconds = {name: statistics.median(times) for name, times in samples.items()}
+    speedup = {
+        name: statistics.median(t / s for t, s in zip(samples[name], samples[subject], strict=True))
+        for name in names
+        if name != subject
+    }
+    return Measured(seconds, speedup, rounds, load)
+
+
+class Bench:
+    """Repeats disturbed measurements, within a total allowance of `patience` seconds."""
+
+    def __init__(self, budget, patience, min_rounds=5):
+        self.budget, self.patience, self.min_rounds = budget, patience, min_rounds
+
+    def measure(self, contenders, subject="normext"):
+        best = interleave(contenders, subject, self.budget, self.min_rounds)
+        while (best.other_load or 0) > TOLERATED_LOAD and self.patience > 0:
+            start = time.perf_counter()
+            time.sleep(min(0.5, self.patience))
+            again = interleave(contenders, subject, self.budget, self.min_rounds)
+            best = min(best, again, key=lambda measured: measured.other_load)
+            self.patience -= time.perf_counter() - start
+        return best
