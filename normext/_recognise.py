@@ -326,10 +326,12 @@ def _forward(recipe: Recipe) -> Callable[[Any, Tensor], Tensor]:
 
     def rms_norm_forward(self: Any, input: Tensor) -> Tensor:
         w, e = getattr(self, weight), getattr(self, eps)
-        return rms_norm(input, input.shape[-1:], w, e, weight_offset=offset, rounding=rounding)
+        shape = input.shape[-1:] if w is None else w.shape
+        return rms_norm(input, shape, w, e, weight_offset=offset, rounding=rounding)
 
     def layer_norm_forward(self: Any, input: Tensor) -> Tensor:
-        return layer_norm(input, input.shape[-1:], getattr(self, weight), getattr(self, bias), getattr(self, eps))
+        w, e = getattr(self, weight), getattr(self, eps)
+        return layer_norm(input, input.shape[-1:] if w is None else w.shape, w, getattr(self, bias), e)
 
     forward = rms_norm_forward if recipe.op == "rms_norm" else layer_norm_forward
     # Callers that name the argument must still be understood.
