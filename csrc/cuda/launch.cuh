@@ -54,6 +54,33 @@ inline void check_cuda(cudaError_t error, const char* what) {
   fail_cuda(error, what);
 }
 
+constexpr std::size_t kDefaultSmem = 48 * 1024;  // without an opt-in
+constexpr int kPortableCluster = 8;
+
+template <int = 0>
+__global__ void cluster_probe() {}
+
+// The largest cluster of blocks that take a multiprocessor each: 16 on data-centre parts, less on others and on slices of one
+// (MIG). Only the driver knows; where it does not say, the portable size holds.
+inline int query_max_cluster(int device, int smem_per_block) {
+  int current = device;
+  check_cuda(cudaGetDevice(&current), "cudaGetDevice");
+  if (current != device) check_cuda(cudaSetDevice(device), "cudaSetDevice");
+  const void* probe = reinterpret_cast<const void*>(&cluster_probe<>);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(16);
+  config.blockDim = dim3(512);
+  config.dynamicSmemBytes = static_cast<std::size_t>(smem_per_block);
+  int size = 0;
+  const bool known =
+      cudaFuncSetAttribute(probe, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_per_block) == cudaSuccess &&
+      cudaFuncSetAttribute(probe, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
+      cudaOccupancyMaxPotentialClusterSize(&size, probe, &config) == cudaSuccess;
+  if (!known) cudaGetLastError();
+  if (current != device) check_cuda(cudaSetDevice(current), "cudaSetDevice");
+  return known && size >= 1 ? size : kPortableCluster;
+}
+
 // Cached per device; makes CUDA calls only on first use.
 inline const DeviceLimits& device_limits(int device) {
   static std::mutex mutex;
@@ -71,14 +98,9 @@ inline const DeviceLimits& device_limits(int device) {
   limits.sm_count = attribute(cudaDevAttrMultiProcessorCount);
   limits.smem_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   limits.arch = attribute(cudaDevAttrComputeCapabilityMajor) * 10 + attribute(cudaDevAttrComputeCapabilityMinor);
-  // 8 is portable; data-centre parts of compute capability 9 and 10 run 16 after an opt-in.
-  const bool clusters = attribute(cudaDevAttrClusterLaunch) != 0;
-  limits.max_cluster = !clusters ? 1 : (limits.arch / 10 == 9 || limits.arch / 10 == 10 ? 16 : 8);
+  limits.max_cluster = attribute(cudaDevAttrClusterLaunch) != 0 ? query_max_cluster(device, limits.smem_per_block) : 1;
   return cache.emplace(device, limits).first->second;
 }
-
-constexpr std::size_t kDefaultSmem = 48 * 1024;  // without an opt-in
-constexpr int kPortableCluster = 8;
 
 // Shared memory above 48 KB and clusters above 8 blocks are opt-ins of the kernel, once per device.
 inline void opt_in(const void* kernel, const LaunchShape& shape) {

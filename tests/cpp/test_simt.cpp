@@ -50,7 +50,7 @@ void in_every_order(const std::function<void(const std::string&)>& body) {
   unsetenv("NORMEXT_SIMT_ORDER");
 }
 
-// --- a block reduction, with barriers that can be left out
+// a block reduction, with barriers that can be left out
 
 enum Omit { kNothing, kBarrierBeforeRead, kBarrierBeforeOverwrite, kPeerBarrierAtEnd, kPeerBarrierBeforeRead };
 
@@ -104,7 +104,7 @@ void test_barriers() {
   });
 }
 
-// --- exchange within a warp through shared memory
+// exchange within a warp through shared memory
 
 template <bool kSync>
 __global__ void rotate_lanes(int* output) {
@@ -153,7 +153,7 @@ void test_warps() {
   });
 }
 
-// --- faults of the kernel
+// faults of the kernel
 
 __global__ void divergent_barrier() {
   if (threadIdx.x != 70) block_barrier();
@@ -253,7 +253,7 @@ void test_smem_bounds() {
   }
 }
 
-// --- poisoned shared memory
+// poisoned shared memory
 
 __global__ void read_smem(float* output) {
   float* smem = reinterpret_cast<float*>(dynamic_smem());
@@ -269,7 +269,7 @@ void test_poison() {
   expect(all_nan, "shared memory starts as NaN in every block");
 }
 
-// --- launch limits
+// launch limits
 
 __global__ void nothing() {}
 __global__ void unprepared() {}
@@ -287,6 +287,10 @@ void test_limits() {
   setenv("NORMEXT_SIMT_ORDER", "sideways", 1);
   expect_fault("unknown order", {"NORMEXT_SIMT_ORDER", "got sideways"}, [] { launch(nothing, {1, 32}, nullptr); });
   unsetenv("NORMEXT_SIMT_ORDER");
+
+  expect_fault("old driver", {"built for CUDA 13.0, but the NVIDIA driver supports only CUDA 13.0"},
+               [] { check_cuda(cudaErrorInsufficientDriver, "anything"); });
+  expect_fault("no such device", {"cudaDeviceGetAttribute", "device 3", "error 101"}, [] { device_limits(3); });
 
   // Without the opt-ins that launch() makes.
   cudaLaunchConfig_t config = {dim3(16), dim3(32), 48 * 1024 + 1, nullptr, nullptr, 0};
@@ -314,7 +318,7 @@ void test_arch(const char* arch, int smem, int max_cluster) {
   expect(text.find(max_cluster > 1 ? "ended well" : "no clusters") != std::string::npos, std::string("sm_") + arch + ": " + text);
 }
 
-// --- clusters
+// clusters
 
 template <Omit kOmit>
 __global__ void cluster_sum(const float* input, float* output) {
@@ -396,7 +400,7 @@ void test_clusters() {
   });
 }
 
-// --- every block runs once; several host threads at a time
+// every block runs once; several host threads at a time
 
 __global__ void count_blocks(int* count, int* order) {
   if (threadIdx.x != 0) return;

@@ -1,4 +1,5 @@
 // The runtime calls of the emulator's <cuda_runtime.h>: what a device reports, what a launch may ask for.
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -63,24 +64,32 @@ KernelAttributes attributes_of(const void* function) {
   return found == attributes.end() ? KernelAttributes() : found->second;
 }
 
+unsigned largest_cluster(const KernelAttributes& kernel) {
+  return std::min(static_cast<unsigned>(model().max_cluster), kernel.wide_cluster ? 16u : kPortableCluster);
+}
+
 // Empty if the kernel may be launched like this.
 std::string objection(const cudaLaunchConfig_t& config, unsigned cluster, const void* function) {
   const auto number = [](std::uint64_t n) { return std::to_string(n); };
   const auto flat = [](const dim3& d) { return d.y == 1 && d.z == 1; };
   const KernelAttributes kernel = attributes_of(function);
   if (!flat(config.gridDim) || !flat(config.blockDim)) return "grids and blocks have one dimension here";
-  if (config.gridDim.x == 0 || config.gridDim.x > kMaxBlocks) return number(config.gridDim.x) + " blocks, 1 to 2147483647 are allowed";
+  if (config.gridDim.x == 0 || config.gridDim.x > kMaxBlocks) {
+    return number(config.gridDim.x) + " blocks, 1 to 2147483647 are allowed";
+  }
   if (config.blockDim.x == 0 || config.blockDim.x > kMaxThreads) {
     return number(config.blockDim.x) + " threads in a block, 1 to 1024 are allowed";
   }
   if (config.dynamicSmemBytes > kernel.max_smem) {
     return number(config.dynamicSmemBytes) + " bytes of shared memory, the kernel may have " + number(kernel.max_smem);
   }
-  const unsigned most = std::min(static_cast<unsigned>(model().max_cluster), kernel.wide_cluster ? 16u : kPortableCluster);
+  const unsigned most = largest_cluster(kernel);
   if (cluster == 0 || cluster > most) {
     return "clusters of " + number(cluster) + " blocks, 1 to " + number(most) + " are allowed for this kernel";
   }
-  if (config.gridDim.x % cluster != 0) return number(config.gridDim.x) + " blocks are not a multiple of the cluster size " + number(cluster);
+  if (config.gridDim.x % cluster != 0) {
+    return number(config.gridDim.x) + " blocks are not a multiple of the cluster size " + number(cluster);
+  }
   return "";
 }
 
@@ -103,7 +112,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, Kerne
   Schedule schedule;
   const char* order = std::getenv("NORMEXT_SIMT_ORDER");
   if (order != nullptr && *order != '\0' && !parse_schedule(order, &schedule)) {
-    return refuse(cudaErrorInvalidValue, std::string("NORMEXT_SIMT_ORDER: expected forward, reverse or random:<seed>, got ") + order);
+    return refuse(cudaErrorInvalidValue,
+                  std::string("NORMEXT_SIMT_ORDER: expected forward, reverse or random:<seed>, got ") + order);
   }
   Machine::mine().run({config.gridDim.x, config.blockDim.x, config.dynamicSmemBytes, cluster}, schedule, kernel);
   return cudaSuccess;
@@ -128,8 +138,13 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
+cudaError_t cudaSetDevice(int device) {
+  if (device == 0) return cudaSuccess;
+  return refuse(cudaErrorInvalidDevice, "device " + std::to_string(device) + ", the emulator has only device 0");
+}
+
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return refuse(cudaErrorInvalidDevice, "device " + std::to_string(device) + ", the emulator has only device 0");
+  if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) return error;
   const simt::DeviceModel& model = simt::model();
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = model.sm_count; break;
@@ -154,6 +169,13 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
       break;
     case cudaFuncAttributeNonPortableClusterSizeAllowed: simt::attributes[kernel].wide_cluster = value != 0; break;
   }
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxPotentialClusterSize(int* blocks, const void* kernel, const cudaLaunchConfig_t* config) {
+  const std::string bad = simt::objection(*config, 1, kernel);
+  if (!bad.empty()) return refuse(cudaErrorInvalidConfiguration, bad);
+  *blocks = static_cast<int>(simt::largest_cluster(simt::attributes_of(kernel)));
   return cudaSuccess;
 }
 

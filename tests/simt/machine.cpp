@@ -1,12 +1,8 @@
 #include "machine.h"
 
-#include <cstdlib>
-#include <cstring>
+#include <algorithm>
 #include <exception>
-#include <new>
 #include <stdexcept>
-
-#include "cuda_runtime.h"
 
 __thread uint3 threadIdx __attribute__((tls_model("initial-exec")));
 __thread uint3 blockIdx __attribute__((tls_model("initial-exec")));
@@ -47,64 +43,10 @@ std::string WarpOperation::name() const {
   return kind == Kind::kSync ? "warp_sync" : "shuffle_xor of " + number(bytes) + " bytes with mask " + number(mask);
 }
 
-// --- shared memory
-
-namespace {
-
-constexpr std::size_t kCanaryBytes = 128;
-constexpr unsigned char kCanary = 0xc5;
-constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point format, -1 as an integer
-
-}  // namespace
-
-void SharedMemory::resize(std::size_t bytes) {
-  if (allocation_ != nullptr && bytes == size_) return;
-  release();
-#if defined(SIMT_ASAN)
-  constexpr std::size_t kMargin = 0;
-#else
-  constexpr std::size_t kMargin = kCanaryBytes;
-#endif
-  // 16-byte aligned and no more, so that nobody comes to rely on more.
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 32, 16 + bytes + 2 * kMargin) != 0) throw std::bad_alloc();
-  allocation_ = static_cast<unsigned char*>(memory);
-  data_ = allocation_ + 16 + kMargin;
-  size_ = bytes;
-  std::memset(data_ - kMargin, kCanary, kMargin);
-  std::memset(data_ + size_, kCanary, kMargin);
-#if defined(SIMT_ASAN)
-  __asan_poison_memory_region(allocation_, 16);
-#endif
-}
-
-void SharedMemory::release() {
-#if defined(SIMT_ASAN)
-  if (allocation_ != nullptr) __asan_unpoison_memory_region(allocation_, 16);
-#endif
-  std::free(allocation_);
-  allocation_ = nullptr;
-}
-
-void SharedMemory::poison() { std::memset(data_, kPoison, size_); }
-
-bool SharedMemory::intact() const {
-#if !defined(SIMT_ASAN)
-  for (std::size_t i = 0; i < kCanaryBytes; ++i) {
-    if (data_[size_ + i] != kCanary || data_[-1 - static_cast<std::ptrdiff_t>(i)] != kCanary) return false;
-  }
-#endif
-  return true;
-}
-
-// --- the fibers' side
-
 Machine& Machine::mine() {
   thread_local Machine machine;
   return machine;
 }
-
-void Machine::set_thread(unsigned thread) { threadIdx.x = thread; }
 
 void Machine::lane_main(void* argument) {
   Lane& lane = *static_cast<Lane*>(argument);
@@ -212,8 +154,6 @@ unsigned char* Machine::peer_smem(unsigned char* mine, unsigned rank) {
   }
   return peer.smem.data() + (mine - smem.data());
 }
-
-// --- the scheduler's side
 
 void Machine::link_lanes(Warp& warp) {
   unsigned order[kWarpLanes];
@@ -383,8 +323,6 @@ void Machine::report_stuck() {
                            number(std::uint64_t{grid_.cluster} * grid_.threads) + " threads of the cluster of block " +
                            number(blocks_[0]->index) + " arrived" + cluster.others(Wait::kClusterBarrier));
 }
-
-// --- what device code calls
 
 unsigned char* dynamic_smem() { return running->block().smem.data(); }
 void warp_sync() { running->warp_operation({}); }

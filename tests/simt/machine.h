@@ -1,8 +1,9 @@
 // The emulated processor: runs the clusters of a grid one after another on the calling thread, each CUDA thread on a fiber.
 //
-// A warp runs until every lane of it waits at a block or cluster barrier or has exited; only then does the next warp run (run-ahead:
-// the order that shows a missing barrier). Within a warp, a lane runs until it needs another lane. A fiber waits at a gate, a counter that
-// somebody else advances: so a barrier is released by one increment, and finished fibers wait for the next block.
+// A warp runs until every lane of it waits at a block or cluster barrier or has exited; only then does the next warp run
+// (run-ahead: the order that shows a missing barrier). Within a warp, a lane runs until it needs another lane. A fiber waits at
+// a gate, a counter that somebody else advances: so a barrier is released by one increment, and finished fibers wait for the
+// next block.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +12,10 @@
 #include <string>
 #include <vector>
 
+#include "cuda_runtime.h"
 #include "fiber.h"
 #include "schedule.h"
+#include "shared_memory.h"
 #include "simt.h"
 
 #pragma GCC visibility push(hidden)
@@ -56,29 +59,12 @@ struct Warp {
   Block* block = nullptr;
   unsigned index = 0;  // in the block
   unsigned lanes = 0;
-  unsigned arrived = 0;        // at `operation`
+  unsigned arrived = 0;          // at `operation`
   std::uint64_t operations = 0;  // completed
   WarpOperation operation;
   std::uint64_t exchange[2][kWarpLanes];  // alternating: a lane may deposit for the next shuffle before others read this one
   Lane lane[kWarpLanes];
   WarpStacks stacks;
-};
-
-// Exactly as long as asked for, so that AddressSanitizer sees every overrun; elsewhere a canary on both sides sees writes.
-class SharedMemory {
- public:
-  ~SharedMemory() { release(); }
-  void resize(std::size_t bytes);
-  void poison();
-  bool intact() const;
-  unsigned char* data() const { return data_; }
-  std::size_t size() const { return size_; }
-
- private:
-  void release();
-  unsigned char* allocation_ = nullptr;
-  unsigned char* data_ = nullptr;
-  std::size_t size_ = 0;
 };
 
 struct Block {
@@ -126,9 +112,8 @@ class Machine {
   void pause(Lane& lane, Wait wait, const std::uint64_t& gate);
   void resume(Lane& lane) {
     current_ = &lane;
-    set_thread(lane.thread);
+    threadIdx.x = lane.thread;
   }
-  static void set_thread(unsigned thread);
 
   void prepare(const Grid& grid);
   void link_lanes(Warp& warp);

@@ -1,6 +1,6 @@
-// The part of CUDA that csrc/cuda uses, for g++: qualifiers, built-in variables and functions, and the runtime calls of launch.cuh. Nothing has
-// C linkage, so that a real CUDA runtime in the same process is left alone. Whatever is missing here does not compile: kernels keep to
-// the vocabulary of cuda/intrinsics.cuh.
+// The part of CUDA that csrc/cuda uses, for g++: qualifiers, built-in variables and functions, and the runtime calls of
+// launch.cuh. Nothing has C linkage, so that a real CUDA runtime in the same process is left alone. Whatever is missing here
+// does not compile: kernels keep to the vocabulary of cuda/intrinsics.cuh.
 #pragma once
 
 #define NORMEXT_SIMT 1
@@ -103,8 +103,10 @@ struct cudaLaunchConfig_t {
 cudaError_t cudaDriverGetVersion(int* version);
 cudaError_t cudaRuntimeGetVersion(int* version);
 cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t cudaOccupancyMaxPotentialClusterSize(int* blocks, const void* kernel, const cudaLaunchConfig_t* config);
 cudaError_t cudaGetLastError();
 // What went wrong in this thread's last call that returned `error`, with the figures.
 const char* cudaGetErrorString(cudaError_t error);
@@ -117,7 +119,9 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, Kerne
 // access, shared memory overrun) is a std::runtime_error.
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... args) {
-  const auto thread = [kernel, parameters = std::tuple<P...>(std::forward<A>(args)...)] { std::apply(kernel, parameters); };
+  const auto thread = [kernel, parameters = std::tuple<P...>(std::forward<A>(args)...)] {
+    std::apply(kernel, parameters);
+  };
   using Thread = std::remove_const_t<decltype(thread)>;
   return simt::launch(*config, reinterpret_cast<const void*>(kernel),
                       {[](const void* context) { (*static_cast<const Thread*>(context))(); }, &thread});
