@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <new>
 
-// Saves the callee-saved registers on the old stack and takes them from the new one. The first switch to a fiber "returns" to
-// normext_simt_start with the entry function and its argument in two of them. Fibers mostly switch at the same place in the
+// Saves the callee-saved registers on the old stack and takes them from the new one. The first switch to a fiber "returns"
+// to normext_simt_start with the entry function and its argument in two of them. Fibers mostly switch at the same place in the
 // code, so a plain return is what the processor's return-address predictor expects [13 ns per switch in a kernel; 18 with a jump].
 #if defined(__x86_64__)
 asm(R"(

@@ -33,8 +33,8 @@ struct Fiber {
 #endif
 };
 
-// Prepares a fiber that calls entry(argument) on its first switch; entry calls fiber_entered() first and never returns. `colour`
-// staggers the stacks, which would otherwise all compete for the same cache sets.
+// Prepares a fiber that calls entry(argument) on its first switch; entry calls fiber_entered() first and never returns.
+// `colour` staggers the stacks, which would otherwise all compete for the same cache sets.
 void make_fiber(Fiber& fiber, unsigned char* stack, unsigned colour, void (*entry)(void*), void* argument);
 
 extern "C" __attribute__((visibility("hidden"))) void normext_simt_switch(void** save, void* load);
