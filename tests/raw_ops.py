@@ -1,0 +1,67 @@
+"""Valid arguments for every op in the `normext` namespace: the catalogue that raw-op tests walk."""
+
+import torch
+
+ROUNDINGS = {"torch": 0, "llama": 1}
+
+
+def arguments(dtype=torch.float32, params=None, rows=6, cols=40, layout=lambda x: x, device="cpu", rounding=0, requires_grad=False):
+    """{op name: [argument tuples]}. Optional tensors are given in one tuple and None in another."""
+    params = params or dtype
+    output = torch.promote_types(dtype, params) if rounding else dtype
+
+    def leaf(x):
+        return x.to(device).requires_grad_(requires_grad)
+
+    def activation(kind=dtype):
+        return leaf(layout(torch.randn(rows, cols, dtype=torch.float32).to(kind).to(device)).detach())
+
+    def parameter():
+        return leaf(torch.randn(cols).to(params))
+
+    x, residual, dy, dres = activation(), activation(), activation(output), activation()
+    weight, bias = parameter(), parameter()
+    flat = x.numel() // cols if cols else rows
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    ln_stats = torch.rand(3, flat, dtype=wide, device=device)
+    rms_stats = torch.rand(1, flat, dtype=wide, device=device)
+    eps, alpha, offset = 1e-5, 0.5, 1.0
+    rms = (eps, offset, rounding)
+    return {
+        "layer_norm": [(x, weight, bias, eps)],
+        "layer_norm_inference": [(x, weight, bias, 1, eps), (x, None, None, 1, eps)],
+        "layer_norm_forward": [(x, weight, bias, 1, eps), (x, weight, None, 1, eps), (x, None, bias, 1, eps)],
+        "layer_norm_backward": [
+            *((plain(dy), None, x, ln_stats, weight, bias, 1, needs) for needs in range(8)),
+            (plain(dy), dres, x, ln_stats, None, bias, 1, 5),
+            (plain(dy), dres, x, ln_stats, None, None, 1, 1),
+        ],
+        "add_layer_norm": [(x, residual, weight, bias, 1, eps, alpha), (x, residual, None, None, 1, eps, 1.0)],
+        "add_layer_norm_forward": [(x, residual, weight, bias, 1, eps, alpha), (x, residual, None, None, 1, eps, 1.0)],
+        "layer_norm_export": [(x, None, weight, bias, 1, eps, 1.0), (x, residual, weight, None, 1, eps, alpha)],
+        "rms_norm": [(x, weight, eps)],
+        "rms_norm_inference": [(x, weight, 1, *rms), (x, None, 1, *rms)],
+        "rms_norm_forward": [(x, weight, 1, *rms), (x, None, 1, *rms)],
+        "rms_norm_backward": [
+            *((plain(dy), None, x, rms_stats, weight, 1, offset, rounding, needs) for needs in range(4)),
+            (plain(dy), dres, x, rms_stats, weight, 1, 0.0, rounding, 3),
+        ],
+        "add_rms_norm": [(x, residual, weight, 1, *rms), (x, residual, None, 1, *rms)],
+        "add_rms_norm_forward": [(x, residual, weight, 1, *rms), (x, residual, None, 1, *rms)],
+        "rms_norm_export": [(x, None, weight, 1, *rms), (x, residual, None, 1, *rms)],
+        "fused_add_rms_norm_": [(x.detach().clone(), residual.detach().clone(), weight.detach(), eps)]
+        if output == dtype and layout(torch.ones(2, 2)).numel() == 4
+        else [],
+    }
+
+
+def plain(gradient):
+    return gradient.detach()
+
+
+def registered():
+    return {name.removeprefix("normext::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("normext::")}
+
+
+def op(name):
+    return getattr(torch.ops.normext, name).default
