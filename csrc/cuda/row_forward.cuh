@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(max_warps(sizeof(T)) * 32, 1)
   const std::int64_t block = blockIdx.x / mapping.blocks_per_row;
   const std::int64_t segment = several ? static_cast<std::int64_t>(cluster_rank()) * mapping.warps + warp % mapping.warps : 0;
   const std::int64_t row = block * mapping.rows_at_once + team;
-  const bool active = row < args.rows && segment < tree.segments;
+  const bool active = team < mapping.rows_at_once && row < args.rows && segment < tree.segments;
   const LaneColumns<V> columns = lane_columns<V>(tree, segment, lane, active);
 
   Params<Norm, T, P, V, kSlots, true> weights;

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <string>
 
 #include "core/row_tree.h"
 
@@ -149,6 +150,52 @@ inline RowMapping backward_mapping(const RowTree& tree, std::int64_t rows, int e
   m.warps = static_cast<int>(most);
   m.blocks_per_row = static_cast<int>(ceil_div(segments, most));
   return m;
+}
+
+// Why a forced mapping cannot run; empty if it can.
+inline std::string mapping_error(Direction direction, const RowTree& tree, const RowMapping& m, int element_size,
+                                 const Device& device) {
+  const bool forward = direction == Direction::kForward;
+  const bool single = tree.segments == 1;
+  const int most = max_warps(element_size);
+  const int accumulate_size = element_size == 8 ? 8 : 4;
+  if (m.warps < 1 || m.rows_at_once < 1 || m.blocks_per_row < 1) return "warps, rows_at_once and blocks_per_row start at 1";
+  if (m.warps > most) return "at most " + std::to_string(most) + " warps fit a block";
+  if (m.tier == RowTier::kRegisters) {
+    const int blocks = m.blocks_per_row;
+    if (single && (m.warps != 1 || blocks != 1)) return "a row of one segment takes one warp";
+    if ((blocks & (blocks - 1)) != 0 || blocks > device.max_cluster) {
+      return "blocks_per_row is a power of two up to " + std::to_string(device.max_cluster);
+    }
+    if (static_cast<std::int64_t>(m.warps) * blocks < tree.segments) return "every segment needs a warp";
+    if (blocks > 1 && m.rows_at_once > 1) return "a cluster takes one row at a time";
+  } else if (m.tier == RowTier::kShared) {
+    if (!forward) return "the backward has no shared-memory tier";
+    if (m.blocks_per_row != 1 || m.rows_at_once != 1) return "a row in shared memory takes one block, and a block one row";
+  } else {
+    if (m.rows_at_once != 1) return "split rows are taken one at a time";
+    if (!forward && single && m.warps * m.blocks_per_row != 1) return "a row of one segment takes one warp";
+    if (!forward && static_cast<std::int64_t>(m.warps) * m.blocks_per_row < tree.segments) return "every segment needs a warp";
+  }
+  if (ceil_div(m.rows_at_once, rows_per_warp(tree)) * m.warps > most) return "too many rows at once for a block";
+  const std::size_t bytes = forward ? forward_shared_bytes(tree, m, 3, element_size, accumulate_size)
+                                    : backward_shared_bytes(tree, m, accumulate_size);
+  if (bytes > static_cast<std::size_t>(device.shared_bytes)) {
+    return "needs " + std::to_string(bytes) + " bytes of shared memory, the device has " + std::to_string(device.shared_bytes);
+  }
+  return "";
+}
+
+// Published limits of an architecture, for plan() on machines without it; the launchers ask the device itself.
+constexpr Device device_of_arch(int arch) {
+  switch (arch) {
+    case 80: return {108, 1, 163 * 1024};
+    case 86: return {84, 1, 99 * 1024};
+    case 89: return {142, 1, 99 * 1024};
+    case 100: return {148, 16, 227 * 1024};
+    case 120: return {170, 8, 99 * 1024};
+    default: return {132, 16, 227 * 1024};
+  }
 }
 
 }  // namespace normext::cuda
