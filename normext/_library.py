@@ -129,7 +129,13 @@ def check_residual(op: str, input: Tensor, residual: Tensor) -> None:
     for name in ("shape", "dtype", "device"):
         expected, got = getattr(input, name), getattr(residual, name)
         if expected != got:
-            raise RuntimeError(f"{op}: expected residual of input's {name} {expected}, got {got}")
+            texts = (str(list(value)) if name == "shape" else str(value) for value in (expected, got))
+            raise RuntimeError(f"{op}: expected residual of input's {name}, {', got '.join(texts)}")
+
+
+# What an op or the preparation of its call raises on bad arguments. Not Exception: checkpointing, for one, stops a recomputation
+# by an exception of its own.
+REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, MemoryError)
 
 
 def torchs_error(error: Exception, function: Callable[..., Any], *args: Any) -> Exception:

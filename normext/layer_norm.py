@@ -129,6 +129,7 @@ def _setup_export(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     _, summed, stats = output
     ctx.arguments = normalized_ndim, eps, alpha
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*((summed, stats) if residual is None else (stats,)))
     ctx.save_for_backward(input if residual is None else summed, stats, weight, bias)
 
 
@@ -182,7 +183,7 @@ def layer_norm(
             result = _lean(input, weight, bias, eps)
         else:
             result = _inference(input, weight, bias, _library.normalized_ndim(input, normalized_shape, weight), eps)
-    except Exception as error:
+    except _library.REFUSALS as error:
         raise _library.torchs_error(error, F.layer_norm, input, normalized_shape, weight, bias, eps) from None
     return result
 
@@ -274,9 +275,11 @@ def add_layer_norm(
         ndim = _library.normalized_ndim(input, normalized_shape, weight)
         call = _apply if _library.any_requires_grad(input, residual, weight, bias) else _add
         result = call(input, residual, weight, bias, ndim, eps, alpha)
-    except Exception as error:
+    except _library.REFUSALS as error:
         _library.check_residual("add_layer_norm", input, residual)
         _library.raise_if_out_of_memory(error, input)
+        if _library.accepts(input, normalized_shape, weight, bias):
+            raise
         return _add_unfused(input, residual, normalized_shape, weight, bias, eps, alpha)
     return result
 

@@ -142,6 +142,7 @@ def _setup_export(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     _, summed, stats = output
     ctx.arguments = tuple(arguments)
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*((summed, stats) if residual is None else (stats,)))
     ctx.save_for_backward(input if residual is None else summed, stats, weight)
 
 
@@ -208,9 +209,14 @@ def rms_norm(
         else:
             ndim = _library.normalized_ndim(input, normalized_shape, weight)
             result = _inference(input, weight, ndim, epsilon, weight_offset, _library.ROUNDINGS[rounding])
-    except Exception as error:
+    except _library.REFUSALS as error:
         return _refused(error, input, normalized_shape, weight, eps, weight_offset, rounding)
     return result
+
+
+def _check_rounding(op: str, rounding: str) -> None:
+    if rounding not in _library.ROUNDINGS:
+        raise ValueError(f"{op}: expected rounding 'torch' or 'llama', got {rounding!r}") from None
 
 
 def _refused(
@@ -223,9 +229,9 @@ def _refused(
     rounding: str,
 ) -> Tensor:
     """Mixes of dtypes that no kernel takes are computed as torch does; anything else raises."""
-    if rounding not in _library.ROUNDINGS:
-        raise ValueError(f"rms_norm: expected rounding 'torch' or 'llama', got {rounding!r}") from None
-    if isinstance(input, Tensor) and not _library.accepts_dtypes(input, weight):
+    _check_rounding("rms_norm", rounding)
+    tensors = isinstance(input, Tensor) and (weight is None or isinstance(weight, Tensor))
+    if tensors and not _library.accepts_dtypes(input, weight):
         if weight_offset == 0.0 and rounding == "torch":
             return F.rms_norm(input, normalized_shape, weight, eps)  # type: ignore[arg-type]
         known = input.dtype in _EPS and (weight is None or weight.dtype in _EPS)
@@ -334,9 +340,12 @@ def add_rms_norm(
         epsilon = _EPS[input.dtype] if eps is None else eps
         call = _apply if _library.any_requires_grad(input, residual, weight) else _add
         result = call(input, residual, weight, ndim, epsilon, weight_offset, _library.ROUNDINGS[rounding])
-    except Exception as error:
+    except _library.REFUSALS as error:
+        _check_rounding("add_rms_norm", rounding)
         _library.check_residual("add_rms_norm", input, residual)
         _library.raise_if_out_of_memory(error, input)
+        if _library.accepts(input, normalized_shape, weight):
+            raise
         return _add_unfused(input, residual, normalized_shape, weight, eps, weight_offset, rounding)
     return result
 
@@ -404,8 +413,7 @@ class RMSNorm(nn.RMSNorm):
     def __init__(
         self, *args: Any, weight_offset: float = 0.0, rounding: str = "torch", **kwargs: Any
     ) -> None:
-        if rounding not in _library.ROUNDINGS:
-            raise ValueError(f"RMSNorm: expected rounding 'torch' or 'llama', got {rounding!r}")
+        _check_rounding("RMSNorm", rounding)
         self.weight_offset = weight_offset
         self.rounding = rounding
         super().__init__(*args, **kwargs)
