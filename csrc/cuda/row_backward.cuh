@@ -279,13 +279,15 @@ __global__ void __launch_bounds__(max_warps(sizeof(T)) * 32, 1)
   const std::int64_t block_start = part * shared.columns;
   const bool in_team = team < mapping.rows_at_once;
 
+  // Shared memory of a peer may be written only once the peer runs: say so now, ask before the first row.
+  if (cluster) cluster_arrive();
   const std::int64_t segment = several ? part * mapping.warps + warp % mapping.warps : 0;
   const LaneColumns<V> columns = lane_columns<V>(tree, segment, lane, in_team && segment < tree.segments);
   Tile<P, V, kSlots> weight;
   weight.load_or(static_cast<const P*>(args.weight), columns, params.weight_aligned, 1.0f);
   dependency_wait();
-  if (cluster) cluster_barrier();  // shared memory of a peer may be written only once the peer runs
 
+  if (cluster) cluster_wait();
   int parity = 0;
   for (int base = 0; base < groups; base += mapping.rows_at_once) {
     ParamGrad<A, V, kSlots> grads;

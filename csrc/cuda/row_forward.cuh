@@ -221,6 +221,8 @@ __global__ void __launch_bounds__(max_warps(sizeof(T)) * 32, 1)
   const bool active = team < mapping.rows_at_once && row < args.rows && segment < tree.segments;
   const LaneColumns<V> columns = lane_columns<V>(tree, segment, lane, active);
 
+  // Shared memory of a peer may be written only once the peer runs: say so now, ask just before the first write.
+  if (mapping.blocks_per_row > 1) cluster_arrive();
   Params<Norm, T, P, V, kSlots, true> weights;
   if constexpr (!kResidual) weights.prefetch(params, columns);
   dependency_wait();
@@ -228,8 +230,6 @@ __global__ void __launch_bounds__(max_warps(sizeof(T)) * 32, 1)
   Tile<T, V, kSlots> x;
   if (active) load_rows<T, V, kSlots, kResidual>(x, params, row, columns);
   if constexpr (kResidual) weights.prefetch(params, columns);  // after the sum: the registers of the residual are free again
-  // Shared memory of a peer may be written only once the peer runs; the loads above are in flight meanwhile.
-  if (mapping.blocks_per_row > 1) cluster_barrier();
 
   const A count = static_cast<A>(active ? tree.count(segment) : 0);
   const Stats own = segment_stats<Norm>(x, columns, tree.lanes, count);
@@ -243,6 +243,7 @@ __global__ void __launch_bounds__(max_warps(sizeof(T)) * 32, 1)
       if (lane == 0 && active) own.put(table, tree.segments, segment);
       block_barrier();
     } else {
+      cluster_wait();
       if (lane < mapping.blocks_per_row && active) {
         own.put(peer_smem(table, static_cast<unsigned>(lane)), tree.segments, segment);
       }

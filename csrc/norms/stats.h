@@ -24,7 +24,11 @@ struct Moments {
 template <class A>
 NORMEXT_INLINE Moments<A> moments(A mean, A sum_d, A sum_d2, A n) {
   const A c = sum_d / n;
-  return {mean, c, sum_d2 - n * c * c};
+  const A square = n * c * c;
+  // A square that overflows is left out: infinity minus infinity would turn a constant row of 1e30 into NaN. Infinite sum_d2 stays
+  // infinite, rstd is then 0 and the row gives the bias.
+  const auto finite = square - square == A{};
+  return {mean, c, finite ? sum_d2 - square : sum_d2};
 }
 
 // u_s: where the segment's mean lies relative to the pivot.
