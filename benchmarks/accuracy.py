@@ -28,9 +28,7 @@ def selected(quick):
 
 def figures(case, tensors, call):
     gradients = cases.gradients(case, tensors, call)
-    return {"y": oracle.forward_error(case, tensors, call(tensors)[0])} | oracle.backward_errors(
-        case, tensors, gradients
-    )
+    return {"y": oracle.forward_error(case, tensors, call(tensors)[0])} | oracle.backward_errors(case, tensors, gradients)
 
 
 def kind(case):

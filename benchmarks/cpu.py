@@ -3,8 +3,8 @@
 Regimes, which differ in what the allocator does with outputs:
   fresh  glibc's defaults, as users have it: large outputs are new pages, and page faults are part of everybody's time
   warm   memory is never given back to the system (run.WARM_ENVIRONMENT, set by whoever starts this): kernels only
-Contenders: normext, torch eager, the same torch function under torch.compile(dynamic=False), and a copy of the input,
-which in the fresh regime is `x.clone()` and in the warm one `y.copy_(x)`.
+Contenders: normext, torch eager, the same torch function under torch.compile(dynamic=False), and `y.copy_(x)` into memory
+that is mapped already.
 """
 
 import argparse
@@ -31,20 +31,18 @@ def compiled(fn, *arguments):
     return compiled_fn
 
 
-def copier(x, regime):
-    if regime == "fresh":
-        return x.clone
+def copier(x):
     target = torch.empty_like(x)
     return lambda: target.copy_(x)
 
 
-def forward_contenders(op, inputs, regime, with_compile):
+def forward_contenders(op, inputs, with_compile):
     arguments = inputs.arguments()
     ours, eager = ops.function("normext", op), ops.function("torch", op)
     contenders = {
         "normext": lambda: ours(*arguments),
         "eager": lambda: eager(*arguments),
-        "copy": copier(inputs.x, regime),
+        "copy": copier(inputs.x),
     }
     fast = compiled(eager, *arguments) if with_compile else None
     if fast:
@@ -52,22 +50,20 @@ def forward_contenders(op, inputs, regime, with_compile):
     return contenders
 
 
-def train_contenders(op, inputs, regime):
+def train_contenders(op, inputs):
     ours, eager = ops.function("normext", op), ops.function("torch", op)
     return {
         "normext": lambda: inputs.gradients(ours),
         "eager": lambda: inputs.gradients(eager),
-        "copy": copier(inputs.x.detach(), regime),
+        "copy": copier(inputs.x.detach()),
     }
 
 
-def measure(bench, op, rows, cols, dtype, kind, regime, with_compile):
+def measure(bench, op, rows, cols, dtype, kind, with_compile):
     train = kind == "train"
     inputs = ops.make_inputs(op, rows, cols, getattr(torch, dtype), requires_grad=train)
     with torch.set_grad_enabled(train):
-        contenders = (
-            train_contenders(op, inputs, regime) if train else forward_contenders(op, inputs, regime, with_compile)
-        )
+        contenders = train_contenders(op, inputs) if train else forward_contenders(op, inputs, with_compile)
         measured = bench.measure(contenders)
     return {
         "op": op.name,
@@ -93,9 +89,6 @@ def page_faults_per_mb():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--regime", choices=("fresh", "warm"), default="fresh", help="what this process was started as; recorded"
-    )
     parser.add_argument("--passes", default="forward,train")
     parser.add_argument("--ops", default=",".join(ops.OPS))
     parser.add_argument("--dtypes", default=",".join(grid.CPU_DTYPES))
@@ -121,7 +114,7 @@ def main():
             for name in args.ops.split(","):
                 for dtype in args.dtypes.split(","):
                     with_compile = not args.no_compile
-                    row = measure(bench, ops.OPS[name], rows, cols, dtype, kind, args.regime, with_compile)
+                    row = measure(bench, ops.OPS[name], rows, cols, dtype, kind, with_compile)
                     print(json.dumps(row), flush=True)
 
 

@@ -52,8 +52,7 @@ def calls(function, inputs, kind, timer):
     with timer.scope():
         graphs = [(function(*each.arguments()), each) for each in inputs]
     return [
-        lambda y=y, each=each: torch.autograd.grad(y, each.arguments(), each.output_grads, retain_graph=True)
-        for y, each in graphs
+        lambda y=y, each=each: torch.autograd.grad(y, each.arguments(), each.output_grads, retain_graph=True) for y, each in graphs
     ]
 
 
@@ -173,7 +172,7 @@ def main():
     command = "python benchmarks/gpu.py " + " ".join(sys.argv[1:])
     results = {"machine": described, "sections": {"gpu": section | machine.stamp(command.strip())}}
     if not options.dry_run:
-        path = options.output / machine.file_name(described)
+        path = options.output / f"{machine.file_name(described)}.json"
         machine.save(path, results)
         print(f"wrote {path}")
     print(f"{len(rows)} measurements in {time.time() - start:.0f} s; {skipped} cases skipped for time")

@@ -53,8 +53,7 @@ def _product(group, rows, cols, **more):
 def gpu_cases(full=False):
     """Cases in the order in which they should run: what matters most comes first."""
     cases = [
-        GpuCase("llm", m, n)
-        for m, n in ((16384, 4096), (8192, 8192), (4096, 16384), (8192, 5120), (2048, 4096), (1024, 12288))
+        GpuCase("llm", m, n) for m, n in ((16384, 4096), (8192, 8192), (4096, 16384), (8192, 5120), (2048, 4096), (1024, 12288))
     ]
     cases += [GpuCase("decode", m, n) for m, n in ((1, 4096), (8, 4096), (64, 4096), (256, 4096), (1, 16384))]
     cases += [GpuCase("qk_norm", m, n) for m, n in ((131072, 128), (8192, 128), (131072, 64))]
@@ -64,9 +63,7 @@ def gpu_cases(full=False):
     cases += _product("awkward", (8192,), (111, 1000, 4095, 4097))
     cases += [GpuCase("spot", 8192, 4096, dtype=dtype) for dtype in ("float32", "float16")]
     if full:
-        cases += _product(
-            "llm", (1024, 2048, 4096, 8192, 16384, 32768), (2048, 2880, 4096, 5120, 6144, 7168, 8192, 12288, 16384)
-        )
+        cases += _product("llm", (1024, 2048, 4096, 8192, 16384, 32768), (2048, 2880, 4096, 5120, 6144, 7168, 8192, 12288, 16384))
         cases += _product("decode", (1, 2, 4, 8, 16, 32, 64, 128, 256), (2048, 4096, 7168, 8192, 16384))
         cases += _product("qk_norm", (256, 1024, 8192, 16384, 131072, 648720), (64, 96, 128, 256))
         cases += _product("qk_norm", (8192, 131072), (64, 128), layout="qkv")

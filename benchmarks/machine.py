@@ -46,7 +46,7 @@ def cpu_name():
     return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
-def describe(threads=None):
+def describe():
     """Everything about this machine and build that a reader of a result needs. Imports torch."""
     import torch
 
@@ -55,7 +55,7 @@ def describe(threads=None):
     return {
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),
-        "threads": threads or torch.get_num_threads(),
+        "threads": torch.get_num_threads(),
         "isa": info.get("cpu_isa"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
@@ -73,8 +73,8 @@ def stamp(command):
 def file_name(machine):
     """A file name made of the hardware's name, never the host's."""
     name = machine.get("gpu") or f"{machine['cpu']} {machine['threads']} threads"
-    words = re.sub(r"\((r|tm)\)|@.*ghz|processor|cpu", " ", name.lower())
-    return re.sub(r"[^a-z0-9]+", "-", words).strip("-") + ".json"
+    words = re.sub(r"\((r|tm)\)|@.*ghz|\bprocessor\b|\bcpu\b", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
 
 
 def rounded(value):

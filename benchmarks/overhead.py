@@ -54,9 +54,7 @@ def train_calls(bench):
         "F.layer_norm": (lambda x, w, b, shape: F.layer_norm(x, shape, w, b, EPS), (x, weight, bias)),
         "F.rms_norm": (lambda x, w, shape: F.rms_norm(x, shape, w, EPS), (x, weight)),
     }
-    contenders = {
-        name: partial(train_step, function, arguments, dy) for name, (function, arguments) in functions.items()
-    }
+    contenders = {name: partial(train_step, function, arguments, dy) for name, (function, arguments) in functions.items()}
     yield figure("call", "forward+backward", bench.measure(contenders, subject="F.layer_norm"))
 
 
@@ -111,9 +109,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--budget", type=float, default=1.0)
     parser.add_argument("--patience", type=float, default=60)
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     bench = timing.Bench(0.2 if args.quick else args.budget, args.patience)
     print(json.dumps({"machine": machine.describe()}), flush=True)

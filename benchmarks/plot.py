@@ -5,9 +5,8 @@ from pathlib import Path
 import figures
 import matplotlib
 
-matplotlib.use("svg")
-# Text as text keeps the file small; a fixed salt keeps it the same for the same figures.
-matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "normext", "font.size": 9})
+matplotlib.use("agg")
+matplotlib.rcParams.update({"font.size": 9})
 
 import matplotlib.pyplot as plt  # noqa: E402
 
@@ -20,9 +19,7 @@ def panel(axes, section, op):
         sizes = [figure.input_bytes / 1024 for figure in chosen]
         axes.scatter(sizes, [figure.speedup() for figure in chosen], s=22, color=colour, label=dtype, zorder=3)
         bounds = [figure.speedup_at_copy_speed() for figure in chosen]
-        axes.scatter(
-            sizes, bounds, s=34, facecolors="none", edgecolors=colour, linewidths=0.8, label=f"{dtype}, copy speed"
-        )
+        axes.scatter(sizes, bounds, s=34, facecolors="none", edgecolors=colour, linewidths=0.8, label=f"{dtype}, copy speed")
     axes.axhline(1, color="#888888", linewidth=0.8)
     axes.set(xscale="log", yscale="log", title=op)
     axes.set_yticks([0.5, 1, 2, 5, 10, 20, 50], labels=["0.5x", "1x", "2x", "5x", "10x", "20x", "50x"])
@@ -42,5 +39,5 @@ def save(results, path: Path):
     axes[0, 0].legend(fontsize=8)
     about = results["machine"]
     figure.suptitle(f"Forward on {about['cpu']}, {about['threads']} threads, torch {about['torch']}")
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, dpi=110)
     plt.close(figure)

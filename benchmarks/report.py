@@ -1,12 +1,13 @@
 """Tables and a plot from results files, so that every published figure comes from a committed result.
 
-python benchmarks/report.py                          writes <machine>.md and <machine>.svg beside each results file
+python benchmarks/report.py                          writes <machine>.md and <machine>.png beside each results file
 python benchmarks/report.py --readme README.md       and puts the summary between README's benchmark markers
 python benchmarks/report.py --readme README.md --check   fails if that would change README
 """
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -20,7 +21,7 @@ DTYPES = ("float32", "bfloat16")
 
 def table(header, rows):
     lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def times(value):
@@ -35,7 +36,7 @@ def provenance(section):
     load = figures.other_load(section)
     busy = f"; other load at most {load:.0%} of the processors" if load == load else ""
     made = f"Commit {section['commit']}, {section['date']}, `{section['command']}`"
-    return f"{made}, median of {section['runs']} runs{busy}."
+    return f"{made}, {section['runs']} run{'s' * (section['runs'] > 1)}{busy}."
 
 
 # CPU grid ---------------------------------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ def summary(section):
     slower = {rival: sum(f.slower(rival) for f in select(section, kind="forward")) for rival in ("eager", "compiled")}
     count = len(select(section, kind="forward"))
     against = ", ".join(f"{number} against {rival}" for rival, number in slower.items())
-    return table(header, rows) + f"\nSlower in every run, of {count} forward cases: {against}.\n"
+    return table(header, rows) + f"\n\nSlower in every run, of {count} forward cases: {against}."
 
 
 def by_shape(section, op):
@@ -132,22 +133,45 @@ def blocks(section):
     return table(["transformer block, us", *names], rows)
 
 
-def accuracy(section):
+def accuracy(section, by_quantity=True):
+    """Largest figure per op and class of inputs, of every back end and of torch; over all outputs unless `by_quantity`."""
     names = list(dict.fromkeys(case["backend"] for case in section["cases"]))
     rows = {}
     for case in section["cases"]:
-        figure = case["figure"]
-        text = f"{figure:.2g}" if figure < 1e4 else f"{figure:.0e}"
-        rows.setdefault((case["op"], case["quantity"], case["inputs"]), {})[case["backend"]] = text
-    header = ["op", "quantity", "inputs", *names]
-    return table(header, [[*key, *(row.get(name, "-") for name in names)] for key, row in rows.items()])
+        key = (case["op"], case["inputs"], *((case["quantity"],) if by_quantity else ()))
+        row = rows.setdefault(key, {})
+        row[case["backend"]] = max(row.get(case["backend"], 0.0), case["figure"])
+    header = ["op", "inputs", *(["quantity"] if by_quantity else []), *names]
+    return table(header, [[*key, *(error(row.get(name)) for name in names)] for key, row in rows.items()])
+
+
+def error(figure):
+    return "-" if figure is None else f"{figure:.2f}" if figure < 100 else f"{figure:,.0f}" if figure < 1e6 else f"{figure:.0e}"
+
+
+# GPU --------------------------------------------------------------------------------------------------------------
+def gpu(section, groups=None):
+    """Device times; the others' as multiples of normext's."""
+    chosen = [case for case in section["cases"] if case["group"] in (groups or case["group"]) and "normext" in case["us"]]
+    others = list(dict.fromkeys(name for case in chosen for name in case["us"] if name not in ("normext", "copy")))
+    rows = []
+    for case in chosen:
+        us = case["us"]
+        shape = f"{case['rows']}x{case['cols']}" + (" qkv" if case["layout"] == "qkv" else "")
+        rates = [f"{case['bytes'] / us['normext'] * 1e-6:.2f}", f"{us['copy'] / us['normext']:.0%} ({case['l2']})"]
+        relative = [times(us[name] / us["normext"] if name in us else None) for name in others]
+        host = microseconds(case["host_us"]["normext"]) if "normext" in case["host_us"] else "-"
+        rows.append([case["op"], case["pass"], case["dtype"], shape, microseconds(us["normext"]), *rates, *relative, host])
+    header = ["op", "pass", "dtype", "shape", "us", "TB/s", "of copy", *(f"{name} takes" for name in others), "host us"]
+    return table(header, rows)
 
 
 # Documents --------------------------------------------------------------------------------------------------------
 def heading(results):
     about = results["machine"]
     isa = f" ({about['isa']})" if about.get("isa") else ""
-    return f"{about['cpu']}, {about['threads']} threads{isa}, torch {about['torch']}, {about['system']}."
+    device = f"{about['gpu']}, CUDA {about['cuda']}" if "gpu" in about else f"{about['cpu']}, {about['threads']} threads{isa}"
+    return f"{device}, torch {about['torch']}, {about['system']}."
 
 
 def render(results, details=True):
@@ -160,13 +184,10 @@ def render(results, details=True):
             parts.append("\n\n".join([f"### {title}", *texts, provenance(sections[name])]))
 
     part("Speed: times torch eager and torch.compile, geometric means over the grid", "cpu_fresh", summary)
-    part(
-        f"Share of the rate of `y.copy_(x)`, warm pages, from {figures.OUT_OF_CACHE >> 20} MB",
-        "cpu_warm",
-        copy_rate_summary,
-    )
+    part(f"Share of the rate of `y.copy_(x)`, warm pages, from {figures.OUT_OF_CACHE >> 20} MB", "cpu_warm", copy_rate_summary)
     part("Call overhead and compiled blocks", "overhead", calls, blocks)
-    part("Largest error, in units of the accuracy contract (limit 4)", "accuracy", accuracy)
+    part("Largest error, in units of the accuracy contract (limit 4)", "accuracy", partial(accuracy, by_quantity=details))
+    part("Device time", "gpu", partial(gpu, groups=None if details else ("llm", "decode")))
     if details and "cpu_fresh" in sections:
         for op in figures.OPS:
             parts.append(f"### {op} by shape, times torch\n\n" + by_shape(sections["cpu_fresh"], op))
@@ -179,45 +200,39 @@ def render(results, details=True):
 def write(path):
     """The tables and the plot of one results file, beside it."""
     results = machine.load(path)
-    path.with_suffix(".md").write_text(
-        f"# Results: {path.stem}\n\nWritten by report.py from {path.name}.\n\n" + render(results)
-    )
+    path.with_suffix(".md").write_text(f"# Results: {path.stem}\n\nWritten by report.py from {path.name}.\n\n" + render(results))
     if "cpu_fresh" in results["sections"]:
         try:
             import plot
         except ImportError:
             print("matplotlib is not installed: no plot", file=sys.stderr)
         else:
-            plot.save(results, path.with_suffix(".svg"))
+            plot.save(results, path.with_suffix(".png"))
 
 
-def readme(path, results, check):
+def readme(path, texts, check):
     text = path.read_text()
     if BEGIN not in text or END not in text:
         raise SystemExit(f"{path} needs the two lines that mark where the tables go:\n{BEGIN}\n{END}")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    updated = f"{before}{BEGIN}\n{render(results, details=False)}{END}{after}"
+    updated = before + "\n".join([BEGIN, *texts]) + END + after
     if check and updated != text:
-        raise SystemExit(
-            f"{path} does not show the committed results; run `python benchmarks/report.py --readme {path}`"
-        )
+        raise SystemExit(f"{path} does not show the committed results; run `python benchmarks/report.py --readme {path}`")
     path.write_text(updated)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path, help="default: every file in benchmarks/results")
-    parser.add_argument("--readme", type=Path, help="takes its tables from the first results file")
+    parser.add_argument("--readme", type=Path, help="file to put the summaries into, between its two markers")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    paths = args.results or sorted(
-        path for path in machine.RESULTS.glob("*.json") if "gpu" not in machine.load(path)["machine"]
-    )
+    paths = args.results or sorted(machine.RESULTS.glob("*.json"))
     if not args.check:
         for path in paths:
             write(path)
     if args.readme:
-        readme(args.readme, machine.load(paths[0]), args.check)
+        readme(args.readme, [render(machine.load(path), details=False) for path in paths], args.check)
 
 
 if __name__ == "__main__":

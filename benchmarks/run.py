@@ -61,9 +61,7 @@ def merged(runs, key):
 
 def cpu_section(regime, options):
     env = WARM_ENVIRONMENT if regime == "warm" else {}
-    arguments = ["--regime", regime, *options.common, *options.compile]
-    if regime == "warm":
-        arguments += ["--passes", "forward"]
+    arguments = [*options.common, *options.compile, *(["--passes", "forward"] if regime == "warm" else [])]
     runs = [child("cpu.py", *arguments, env=env) for _ in range(options.runs)]
     cases = merged([rows[1:] for rows in runs], ("op", "pass", "dtype", "rows", "cols"))
     return {"page_faults_per_mb": runs[0][0]["page_faults_per_mb"], "cases": cases}, runs[0][0]["machine"]
@@ -89,20 +87,29 @@ def section(name, options):
     return overhead_section(options) if name == "overhead" else accuracy_section(options)
 
 
+def describe(threads):
+    """This machine, where only sections ran that do not tell."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    return machine.describe()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--sections", default=",".join(SECTIONS))
     parser.add_argument("--runs", type=int, help="default 3, with --quick 1")
+    parser.add_argument("--threads", type=int, help="of torch's pool; default: torch's own choice")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (no C++ compiler)")
-    parser.add_argument(
-        "--patience", type=float, default=60, help="seconds per run for repeating what other load disturbed"
-    )
+    parser.add_argument("--patience", type=float, default=60, help="seconds per run for repeating what other load disturbed")
     parser.add_argument("--machine", help="name of the results file, without .json; default: the CPU's")
-    parser.add_argument("--output", type=Path, default=machine.RESULTS, help="folder of the results file")
+    parser.add_argument("--output", type=Path, help="folder of the results file; default benchmarks/results")
     options = parser.parse_args()
     options.runs = options.runs or (1 if options.quick else 3)
     options.common = (["--quick"] if options.quick else []) + ["--patience", str(options.patience)]
+    options.common += ["--threads", str(options.threads)] if options.threads else []
     options.compile = ["--no-compile"] if options.no_compile else []
 
     sections, described, command = {}, None, "python benchmarks/run.py " + " ".join(sys.argv[1:])
@@ -115,19 +122,15 @@ def main():
 
     import report
 
-    if options.quick:
-        print(report.render({"machine": described or machine.describe(), "sections": sections}))
+    if options.quick and not options.output:
+        print(report.render({"machine": described or describe(options.threads), "sections": sections}))
         return
-    path = options.output / (
-        f"{options.machine}.json" if options.machine else machine.file_name(described or machine.describe())
-    )
-    known = machine.load(path)
-    results = {"machine": described or known["machine"], "sections": {**known.get("sections", {}), **sections}}
+    described = described or describe(options.threads)
+    path = (options.output or machine.RESULTS) / f"{options.machine or machine.file_name(described)}.json"
+    results = {"machine": described, "sections": {**machine.load(path).get("sections", {}), **sections}}
     machine.save(path, results)
     report.write(path)
-    print(
-        f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}; tables and plot beside it"
-    )
+    print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}; tables and plot beside it")
 
 
 if __name__ == "__main__":
