@@ -14,10 +14,14 @@ struct TypeTag {
 
 inline std::size_t size_of(DType dtype) {
   switch (dtype) {
-    case DType::kFloat32: return 4;
-    case DType::kFloat16: return 2;
-    case DType::kBFloat16: return 2;
-    case DType::kFloat64: return 8;
+    case DType::kFloat32:
+      return 4;
+    case DType::kFloat16:
+      return 2;
+    case DType::kBFloat16:
+      return 2;
+    case DType::kFloat64:
+      return 8;
   }
   return 0;
 }
@@ -27,10 +31,14 @@ inline std::size_t accumulate_size_of(DType dtype) { return dtype == DType::kFlo
 template <class F>
 decltype(auto) visit(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::kFloat16: return f(TypeTag<Half>{});
-    case DType::kBFloat16: return f(TypeTag<BFloat16>{});
-    case DType::kFloat64: return f(TypeTag<double>{});
-    case DType::kFloat32: break;
+    case DType::kFloat16:
+      return f(TypeTag<Half>{});
+    case DType::kBFloat16:
+      return f(TypeTag<BFloat16>{});
+    case DType::kFloat64:
+      return f(TypeTag<double>{});
+    case DType::kFloat32:
+      break;
   }
   return f(TypeTag<float>{});
 }

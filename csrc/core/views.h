@@ -28,11 +28,11 @@ struct FastDivisor {
 };
 
 struct RowLayout {
-  int dims = 1;                                      // 1..kMaxRowDims
-  std::int64_t extent[kMaxRowDims] = {0, 1, 1};      // [0] varies fastest
-  std::int64_t stride[kMaxRowDims] = {0, 0, 0};      // in elements; 64-bit
-  FastDivisor fast[kMaxRowDims - 1];                 // of extent[0] and extent[1]
-  bool small = true;                                 // rows < 2^31: fast division is exact
+  int dims = 1;                                  // 1..kMaxRowDims
+  std::int64_t extent[kMaxRowDims] = {0, 1, 1};  // [0] varies fastest
+  std::int64_t stride[kMaxRowDims] = {0, 0, 0};  // in elements; 64-bit
+  FastDivisor fast[kMaxRowDims - 1];             // of extent[0] and extent[1]
+  bool small = true;                             // rows < 2^31: fast division is exact
 
   // Offset, in elements, of the first column of `row`.
   NORMEXT_INLINE std::int64_t offset(std::int64_t row) const {

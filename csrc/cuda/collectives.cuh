@@ -88,12 +88,9 @@ __device__ __forceinline__ typename Norm::template Row<A> merge_segments(const R
   const A cols = static_cast<A>(tree.cols);
   if constexpr (Norm::kCentred) {
     const A pivot = get(0).moments.mean;
-    const A merged = sum([&](std::int64_t s) {
-                       return static_cast<A>(tree.count(s)) * relative_mean(get(s).moments, pivot);
-                     }) / cols;
-    const A m2 = sum([&](std::int64_t s) {
-      return centred_square(get(s).moments, static_cast<A>(tree.count(s)), pivot, merged);
-    });
+    const A merged =
+        sum([&](std::int64_t s) { return static_cast<A>(tree.count(s)) * relative_mean(get(s).moments, pivot); }) / cols;
+    const A m2 = sum([&](std::int64_t s) { return centred_square(get(s).moments, static_cast<A>(tree.count(s)), pivot, merged); });
     return finish_centred(pivot, merged, m2, cols, eps);
   } else {
     return Norm::finish(sum([&](std::int64_t s) { return get(s).sum_x2; }), cols, eps);
@@ -110,10 +107,8 @@ __device__ __forceinline__ typename Norm::template Row<A> merge_table(const A* t
 
 // The same for a row of one segment, from registers.
 template <class Norm, class A>
-__device__ __forceinline__ typename Norm::template Row<A> merge_single(SegmentStats<Norm, A> only, const RowTree& tree,
-                                                                       A eps) {
-  return merge_segments<Norm>(
-      tree, eps, [&](std::int64_t) { return only; }, [&](auto term) { return term(0); });
+__device__ __forceinline__ typename Norm::template Row<A> merge_single(SegmentStats<Norm, A> only, const RowTree& tree, A eps) {
+  return merge_segments<Norm>(tree, eps, [&](std::int64_t) { return only; }, [&](auto term) { return term(0); });
 }
 
 }  // namespace normext::cuda

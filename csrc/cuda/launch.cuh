@@ -72,10 +72,9 @@ inline int query_max_cluster(int device, int smem_per_block) {
   config.blockDim = dim3(512);
   config.dynamicSmemBytes = static_cast<std::size_t>(smem_per_block);
   int size = 0;
-  const bool known =
-      cudaFuncSetAttribute(probe, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_per_block) == cudaSuccess &&
-      cudaFuncSetAttribute(probe, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
-      cudaOccupancyMaxPotentialClusterSize(&size, probe, &config) == cudaSuccess;
+  const bool known = cudaFuncSetAttribute(probe, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_per_block) == cudaSuccess &&
+                     cudaFuncSetAttribute(probe, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
+                     cudaOccupancyMaxPotentialClusterSize(&size, probe, &config) == cudaSuccess;
   if (!known) cudaGetLastError();
   if (current != device) check_cuda(cudaSetDevice(current), "cudaSetDevice");
   return known && size >= 1 ? size : kPortableCluster;
@@ -116,8 +115,7 @@ inline void opt_in(const void* kernel, const LaunchShape& shape) {
   const std::lock_guard<std::mutex> lock(mutex);
   const std::pair<const void*, int> key(kernel, device);
   if (more_smem && smem_done.count(key) == 0) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_per_block),
-               "cudaFuncSetAttribute");
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_per_block), "cudaFuncSetAttribute");
     smem_done.insert(key);
   }
   if (wide_cluster && cluster_done.count(key) == 0) {

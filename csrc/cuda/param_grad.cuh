@@ -50,8 +50,7 @@ struct ParamGradParams {
 };
 
 template <class P, class A>
-__global__ void __launch_bounds__(kGradColumns * kGradSlices)
-    param_grad_kernel(const __grid_constant__ ParamGradParams<A> params) {
+__global__ void __launch_bounds__(kGradColumns* kGradSlices) param_grad_kernel(const __grid_constant__ ParamGradParams<A> params) {
   const std::int64_t blocks = ceil_div(params.cols, kGradColumns);
   const int which = blockIdx.x < blocks ? 0 : 1;
   const A* partial = params.partial[which];

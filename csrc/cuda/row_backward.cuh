@@ -64,12 +64,11 @@ struct BackwardSegment {
     const RowBackwardArgs& args = params.args;
     x.load(static_cast<const T*>(args.input) + args.input_layout.offset(row), columns, params.input_aligned);
     if (kMaybeFloat && params.float_grad) return;
-    dy.load(static_cast<const T*>(args.grad_output) + args.grad_output_layout.offset(row), columns,
-            params.grad_output_aligned);
+    dy.load(static_cast<const T*>(args.grad_output) + args.grad_output_layout.offset(row), columns, params.grad_output_aligned);
   }
 
-  __device__ __forceinline__ void grad_output(const RowBackwardParams<A>& params, std::int64_t row,
-                                              const LaneColumns<V>& columns, int s, A (&out)[V]) const {
+  __device__ __forceinline__ void grad_output(const RowBackwardParams<A>& params, std::int64_t row, const LaneColumns<V>& columns,
+                                              int s, A (&out)[V]) const {
     if constexpr (kMaybeFloat) {
       if (params.float_grad) {
         const RowBackwardArgs& args = params.args;
@@ -154,9 +153,8 @@ __device__ __forceinline__ RowSums<A> lane_sums(const BackwardSegment<Norm, T, V
 
 // Adds the parameter gradients of one segment and stores its dx.
 template <class Norm, class T, class P, int V, int kSlots, class A>
-__device__ __forceinline__ void finish_segment(BackwardSegment<Norm, T, V, kSlots>& segment,
-                                               const Tile<P, V, kSlots>& weight, const RowBackwardParams<A>& params,
-                                               std::int64_t row, const LaneColumns<V>& columns,
+__device__ __forceinline__ void finish_segment(BackwardSegment<Norm, T, V, kSlots>& segment, const Tile<P, V, kSlots>& weight,
+                                               const RowBackwardParams<A>& params, std::int64_t row, const LaneColumns<V>& columns,
                                                const typename Norm::template Row<A>& stats, RowSums<A> mean,
                                                ParamGrad<A, V, kSlots>& grads) {
   const RowBackwardArgs& args = params.args;
@@ -263,8 +261,8 @@ __global__ void __launch_bounds__(max_warps(sizeof(T)) * 32, 1)
   const RowMapping& mapping = params.mapping;
   const bool several = tree.segments > 1;
   const bool cluster = mapping.tier == RowTier::kRegisters && mapping.blocks_per_row > 1;
-  const bool params_wanted = params.phase != BackwardPhase::kSums &&
-                             (params.weight_partial != nullptr || params.bias_partial != nullptr);
+  const bool params_wanted =
+      params.phase != BackwardPhase::kSums && (params.weight_partial != nullptr || params.bias_partial != nullptr);
   const bool sums_wanted = args.grad_input != nullptr && params.phase != BackwardPhase::kApply;
   const BackwardShared<A> shared(tree, mapping);
 

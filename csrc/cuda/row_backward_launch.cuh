@@ -53,8 +53,7 @@ RowBackwardParams<A> row_backward_params(const RowBackwardArgs& args, const RowB
   params.weight_partial = sizes.weight > 0 ? params.row_sums + sizes.row_sums : nullptr;
   params.bias_partial = sizes.bias > 0 ? params.row_sums + sizes.row_sums + sizes.weight : nullptr;
   params.input_aligned = rows_aligned(args.input, args.input_layout, size, access);
-  params.grad_output_aligned =
-      rows_aligned(args.grad_output, args.grad_output_layout, grad_size, access_bytes(vector, grad_size));
+  params.grad_output_aligned = rows_aligned(args.grad_output, args.grad_output_layout, grad_size, access_bytes(vector, grad_size));
   params.grad_residual_aligned = rows_aligned(args.grad_residual_out, args.grad_residual_out_layout, size, access);
   params.grad_input_aligned = is_aligned(args.grad_input, access);
   params.weight_aligned = is_aligned(args.weight, access_bytes(vector, size_of(args.param_dtype)));
@@ -107,8 +106,8 @@ void row_backward(const RowBackwardArgs& args, void* workspace, int device, void
       if (!float_params) launch_backward_vector<Norm, T, T, kWidest>(params, stream);
     }
     if (args.grad_weight == nullptr && args.grad_bias == nullptr) return;
-    const ParamGradParams<A> grads{{params.weight_partial, params.bias_partial}, {args.grad_weight, args.grad_bias},
-                                   params.runs, args.cols};
+    const ParamGradParams<A> grads{
+        {params.weight_partial, params.bias_partial}, {args.grad_weight, args.grad_bias}, params.runs, args.cols};
     if constexpr (sizeof(T) == 2) {
       if (float_params) return launch_param_grad<float>(grads, stream);
     }

@@ -23,12 +23,12 @@ struct RowForwardParams {
   RowTree tree;
   RowMapping mapping;
   A eps, alpha, weight_offset;  // weight_offset is 0 where there is no weight
-  void* partials;          // kSplit: [rows][values][segments]
-  bool input_aligned;      // input and residual: vector accesses are legal
-  bool output_aligned;     // output and residual_out
-  bool param_aligned;      // weight and bias
-  bool float_output;       // the output is float32 while T is a 16-bit type
-  bool statistics, apply;  // row_wide.cuh: which of its two phases this launch runs
+  void* partials;               // kSplit: [rows][values][segments]
+  bool input_aligned;           // input and residual: vector accesses are legal
+  bool output_aligned;          // output and residual_out
+  bool param_aligned;           // weight and bias
+  bool float_output;            // the output is float32 while T is a 16-bit type
+  bool statistics, apply;       // row_wide.cuh: which of its two phases this launch runs
 };
 
 // Loads this lane's columns of x; with a residual, adds it and stores the sum.
@@ -55,8 +55,8 @@ __device__ __forceinline__ void load_rows(Tile<T, V, kSlots>& x, const RowForwar
 
 // Moments of a segment held by `lanes` lanes; every lane of the warp must call it.
 template <class Norm, class T, int V, int kSlots, class A = Accumulate<T>>
-__device__ __forceinline__ SegmentStats<Norm, A> segment_stats(Tile<T, V, kSlots>& x, const LaneColumns<V>& columns,
-                                                               int lanes, A count) {
+__device__ __forceinline__ SegmentStats<Norm, A> segment_stats(Tile<T, V, kSlots>& x, const LaneColumns<V>& columns, int lanes,
+                                                               A count) {
   A sums[kSlots];
   A values[V];
   if constexpr (!Norm::kCentred) {
@@ -140,8 +140,8 @@ struct Params {
     }
   }
   template <class A>
-  __device__ __forceinline__ void get(const RowForwardParams<A>& params, const LaneColumns<V>& columns, int s,
-                                      Columns<P, V>& w, Columns<P, V>& b) const {
+  __device__ __forceinline__ void get(const RowForwardParams<A>& params, const LaneColumns<V>& columns, int s, Columns<P, V>& w,
+                                      Columns<P, V>& b) const {
     if constexpr (kHoist) {
       w = weight.slot[s];
       if constexpr (Norm::kCentred) b = bias.slot[s];
@@ -160,9 +160,8 @@ struct Params {
 // Replaces x by y and stores it: as T, or as float32 where the output of a 16-bit norm is.
 template <class Norm, class P, bool kEarly, class T, int V, int kSlots, class A>
 __device__ __forceinline__ void apply_and_store(Tile<T, V, kSlots>& x, Params<Norm, T, P, V, kSlots, kEarly>& weights,
-                                                const RowForwardParams<A>& params,
-                                                const typename Norm::template Row<A>& row, std::int64_t output,
-                                                const LaneColumns<V>& columns) {
+                                                const RowForwardParams<A>& params, const typename Norm::template Row<A>& row,
+                                                std::int64_t output, const LaneColumns<V>& columns) {
   const bool wide = !Norm::kCentred && sizeof(T) == 2 && params.float_output;
   x.forget();
   weights.forget();

@@ -44,9 +44,8 @@ RowForwardParams<A> row_forward_params(const RowForwardArgs& args, const RowForw
   params.partials = workspace;
   params.input_aligned = rows_aligned(args.input, args.input_layout, size, access) &&
                          (!residual || rows_aligned(args.residual, args.residual_layout, size, access));
-  params.output_aligned =
-      rows_aligned(args.output, args.output_layout, output_size, access_bytes(plan.tree.vector, output_size)) &&
-      (!residual || rows_aligned(args.residual_out, args.residual_out_layout, size, access));
+  params.output_aligned = rows_aligned(args.output, args.output_layout, output_size, access_bytes(plan.tree.vector, output_size)) &&
+                          (!residual || rows_aligned(args.residual_out, args.residual_out_layout, size, access));
   params.param_aligned = is_aligned(args.weight, param_access) && is_aligned(args.bias, param_access);
   params.float_output = args.output_dtype == DType::kFloat32 && args.dtype != DType::kFloat32;
   params.statistics = params.apply = true;

@@ -29,9 +29,8 @@ __device__ __forceinline__ void wide_statistics(const RowForwardParams<Accumulat
 }
 
 template <class Norm, class T, class P, int V, int kSlots>
-__device__ __forceinline__ void wide_apply(const RowForwardParams<Accumulate<T>>& params, std::int64_t output,
-                                           std::int64_t segment, const T* source, bool aligned,
-                                           const typename Norm::template Row<Accumulate<T>>& stats) {
+__device__ __forceinline__ void wide_apply(const RowForwardParams<Accumulate<T>>& params, std::int64_t output, std::int64_t segment,
+                                           const T* source, bool aligned, const typename Norm::template Row<Accumulate<T>>& stats) {
   const RowForwardArgs& args = params.args;
   const LaneColumns<V> columns = lane_columns<V>(params.tree, segment, static_cast<int>(lane_id()), true);
   Tile<T, V, kSlots> x;
@@ -51,12 +50,10 @@ __global__ void __launch_bounds__(max_warps(sizeof(T)) * 32, 1)
   const bool shared = mapping.tier == RowTier::kShared;
 
   const std::int64_t row = blockIdx.x / mapping.blocks_per_row;
-  const std::int64_t first =
-      (blockIdx.x % mapping.blocks_per_row) * static_cast<std::int64_t>(mapping.warps) + threadIdx.x / 32;
+  const std::int64_t first = (blockIdx.x % mapping.blocks_per_row) * static_cast<std::int64_t>(mapping.warps) + threadIdx.x / 32;
   const std::int64_t stride = static_cast<std::int64_t>(mapping.blocks_per_row) * mapping.warps;
   const std::int64_t table_bytes = ceil_div(kValues * tree.segments * static_cast<int>(sizeof(A)), 16) * 16;
-  A* table = shared ? reinterpret_cast<A*>(dynamic_smem())
-                    : static_cast<A*>(params.partials) + row * kValues * tree.segments;
+  A* table = shared ? reinterpret_cast<A*>(dynamic_smem()) : static_cast<A*>(params.partials) + row * kValues * tree.segments;
   T* cache = shared ? reinterpret_cast<T*>(dynamic_smem() + table_bytes) : nullptr;
 
   dependency_wait();
@@ -70,7 +67,7 @@ __global__ void __launch_bounds__(max_warps(sizeof(T)) * 32, 1)
 
   const auto stats = merge_table<Norm, kSplitLevels>(table, tree, params.eps);
   if (args.stats != nullptr && first == 0 && lane_id() == 0) save_stats<Norm>(params, row, stats);
-  const T* source = shared     ? cache
+  const T* source = shared      ? cache
                     : kResidual ? static_cast<const T*>(args.residual_out) + args.residual_out_layout.offset(row)
                                 : static_cast<const T*>(args.input) + args.input_layout.offset(row);
   const bool aligned = shared || (kResidual ? params.output_aligned : params.input_aligned);

@@ -20,21 +20,21 @@ enum class RowTier : int {
 
 struct RowMapping {
   RowTier tier = RowTier::kRegisters;
-  int warps = 1;               // per row and block
-  int rows_at_once = 1;        // rows in flight per block (backward: in different groups of 16 rows of one run)
-  int blocks_per_row = 1;      // the cluster size in kRegisters
+  int warps = 1;           // per row and block
+  int rows_at_once = 1;    // rows in flight per block (backward: in different groups of 16 rows of one run)
+  int blocks_per_row = 1;  // the cluster size in kRegisters
 };
 
 // Warps per block at most: leaves 128 registers a thread, 255 for float64, enough for every kernel without spills.
 constexpr int max_warps(std::size_t element_size) { return element_size == 8 ? 8 : 16; }
 constexpr int kMaxCluster = 16;
-constexpr int kRunRows = 256;       // backward: rows per run at most, 16 groups of 16
-constexpr int kGroupRows = 16;      // backward: rows added in sequence in registers
+constexpr int kRunRows = 256;   // backward: rows per run at most, 16 groups of 16
+constexpr int kGroupRows = 16;  // backward: rows added in sequence in registers
 
 struct Device {
   int sm_count;
-  int max_cluster;       // 1 where clusters do not exist
-  int shared_bytes;      // per block, with opt-in
+  int max_cluster;   // 1 where clusters do not exist
+  int shared_bytes;  // per block, with opt-in
 };
 
 // Forced mappings, for tests and tuning only: set through normext._C.plan().
@@ -52,9 +52,12 @@ inline std::size_t forward_shared_bytes(const RowTree& tree, const RowMapping& m
                                         int accumulate_size) {
   const std::size_t table = static_cast<std::size_t>(values) * tree.segments * accumulate_size;
   switch (m.tier) {
-    case RowTier::kRegisters: return tree.segments == 1 ? 0 : table * m.rows_at_once;
-    case RowTier::kShared: return ceil_div(table, 16) * 16 + tree.segments * tree.segment_cols() * element_size;
-    case RowTier::kSplit: return 0;
+    case RowTier::kRegisters:
+      return tree.segments == 1 ? 0 : table * m.rows_at_once;
+    case RowTier::kShared:
+      return ceil_div(table, 16) * 16 + tree.segments * tree.segment_cols() * element_size;
+    case RowTier::kSplit:
+      return 0;
   }
   return 0;
 }
@@ -84,8 +87,7 @@ inline RowMapping forward_mapping(const RowTree& tree, std::int64_t rows, int el
   }
   m.tier = RowTier::kShared;
   m.warps = max_warps(element_size);
-  if (forward_shared_bytes(tree, m, 3, element_size, element_size == 8 ? 8 : 4) <=
-      static_cast<std::size_t>(device.shared_bytes)) {
+  if (forward_shared_bytes(tree, m, 3, element_size, element_size == 8 ? 8 : 4) <= static_cast<std::size_t>(device.shared_bytes)) {
     return m;
   }
   m.tier = RowTier::kSplit;
@@ -124,7 +126,8 @@ inline std::size_t backward_shared_bytes(const RowTree& tree, const RowMapping& 
 }
 
 // Rows of up to 16 segments (4096 columns) in one block; wider ones in a cluster, else split. Two segments per warp would double
-// the width of a block but spill. Rows of few segments take several groups of a run at once. None of the thresholds has been tuned on a GPU yet.
+// the width of a block but spill. Rows of few segments take several groups of a run at once. None of the thresholds has been tuned
+// on a GPU yet.
 inline RowMapping backward_mapping(const RowTree& tree, std::int64_t rows, int element_size, const Device& device) {
   const std::int64_t segments = tree.segments;
   const std::int64_t runs = std::max<std::int64_t>(row_runs(rows), 1);
@@ -178,8 +181,8 @@ inline std::string mapping_error(Direction direction, const RowTree& tree, const
     if (!forward && static_cast<std::int64_t>(m.warps) * m.blocks_per_row < tree.segments) return "every segment needs a warp";
   }
   if (ceil_div(m.rows_at_once, rows_per_warp(tree)) * m.warps > most) return "too many rows at once for a block";
-  const std::size_t bytes = forward ? forward_shared_bytes(tree, m, 3, element_size, accumulate_size)
-                                    : backward_shared_bytes(tree, m, accumulate_size);
+  const std::size_t bytes =
+      forward ? forward_shared_bytes(tree, m, 3, element_size, accumulate_size) : backward_shared_bytes(tree, m, accumulate_size);
   if (bytes > static_cast<std::size_t>(device.shared_bytes)) {
     return "needs " + std::to_string(bytes) + " bytes of shared memory, the device has " + std::to_string(device.shared_bytes);
   }
@@ -189,12 +192,18 @@ inline std::string mapping_error(Direction direction, const RowTree& tree, const
 // Published limits of an architecture, for plan() on machines without it; the launchers ask the device itself.
 constexpr Device device_of_arch(int arch) {
   switch (arch) {
-    case 80: return {108, 1, 163 * 1024};
-    case 86: return {84, 1, 99 * 1024};
-    case 89: return {142, 1, 99 * 1024};
-    case 100: return {148, 16, 227 * 1024};
-    case 120: return {170, 8, 99 * 1024};
-    default: return {132, 16, 227 * 1024};
+    case 80:
+      return {108, 1, 163 * 1024};
+    case 86:
+      return {84, 1, 99 * 1024};
+    case 89:
+      return {142, 1, 99 * 1024};
+    case 100:
+      return {148, 16, 227 * 1024};
+    case 120:
+      return {170, 8, 99 * 1024};
+    default:
+      return {132, 16, 227 * 1024};
   }
 }
 

@@ -9,8 +9,8 @@ inline namespace NORMEXT_ISA {
 
 struct LayerNorm {
   static constexpr RowNorm kNorm = RowNorm::kLayerNorm;
-  static constexpr bool kCentred = true;   // statistics need the mean; bias and its gradient exist
-  static constexpr int kSavedStats = 3;    // hi, lo, rstd
+  static constexpr bool kCentred = true;  // statistics need the mean; bias and its gradient exist
+  static constexpr int kSavedStats = 3;   // hi, lo, rstd
   template <class A>
   using Row = CentredRow<A>;
 

@@ -85,10 +85,9 @@ py::dict plan(const std::string& direction_name, const std::string& dtype, std::
     if (!error.empty()) normext::fail("plan: " + error);
     forced = mapping;
   }
-  const RowMapping mapping = forced ? *forced
-                             : direction == Direction::kForward
-                                 ? normext::cuda::forward_mapping(tree, rows, element_size, device)
-                                 : normext::cuda::backward_mapping(tree, rows, element_size, device);
+  const RowMapping mapping = forced                             ? *forced
+                             : direction == Direction::kForward ? normext::cuda::forward_mapping(tree, rows, element_size, device)
+                                                                : normext::cuda::backward_mapping(tree, rows, element_size, device);
   py::dict result;
   result["vector"] = tree.vector;
   result["lanes"] = tree.lanes;
