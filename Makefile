@@ -96,13 +96,13 @@ lint: environment  ## ruff, mypy --strict, clang-format
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -m clang_format --dry-run --Werror $(FORMATTED)
+	$(dir $(PYTHON))clang-format --dry-run --Werror $(FORMATTED)
 
 format: environment
 	$(GROUP) lint
 	$(PYTHON) -m ruff check --fix-only .
 	$(PYTHON) -m ruff format .
-	$(PYTHON) -m clang_format -i $(FORMATTED)
+	$(dir $(PYTHON))clang-format -i $(FORMATTED)
 
 # What compiles against this torch's headers may not against those of torch 2.10, the oldest supported. Its aarch64 wheel is a
 # small CPU build, and headers are all that is needed.
