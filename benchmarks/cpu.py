@@ -96,7 +96,7 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--budget", type=float, default=0.2, help="seconds per case, more where a call is slow")
+    parser.add_argument("--budget", type=float, default=0.15, help="seconds per case, more where a call is slow")
     parser.add_argument("--patience", type=float, default=60, help="seconds for repeating what other load disturbed")
     args = parser.parse_args()
 

@@ -61,7 +61,8 @@ def merged(runs, key):
 
 def cpu_section(regime, options):
     env = WARM_ENVIRONMENT if regime == "warm" else {}
-    arguments = [*options.common, *options.compile, *(["--passes", "forward"] if regime == "warm" else [])]
+    # Warm pages are for comparing kernels with a copy: forward, without torch.compile.
+    arguments = [*options.common, *(["--passes", "forward", "--no-compile"] if regime == "warm" else options.compile)]
     runs = [child("cpu.py", *arguments, env=env) for _ in range(options.runs)]
     cases = merged([rows[1:] for rows in runs], ("op", "pass", "dtype", "rows", "cols"))
     return {"page_faults_per_mb": runs[0][0]["page_faults_per_mb"], "cases": cases}, runs[0][0]["machine"]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import repeat
 
 SAMPLE_SECONDS = 1e-3  # one sample is as many calls as take this long
+LONG_SECONDS = 20e-3  # a call this long finds no cache of its own anyway
 TOLERATED_LOAD = 0.05  # share of all processors that others may use during a measurement
 TICK = 1 / os.sysconf("SC_CLK_TCK")
 
@@ -54,19 +55,20 @@ class LoadMeter:
 
 
 def _sample(call, calls):
-    """Seconds per call over `calls` calls, after one untimed call that restores this contender's caches and pages."""
-    call()
-    start = time.perf_counter()
-    for _ in repeat(None, calls):
+    """Seconds per call; calls = 0 means one, unprepared. Else an untimed one first restores the contender's caches."""
+    if calls:
         call()
-    return (time.perf_counter() - start) / calls
+    start = time.perf_counter()
+    for _ in repeat(None, calls or 1):
+        call()
+    return (time.perf_counter() - start) / (calls or 1)
 
 
 def _calls_per_sample(call):
     call()
-    start = time.perf_counter()
-    call()
-    first = time.perf_counter() - start
+    first = _sample(call, 0)
+    if first > LONG_SECONDS:
+        return 0
     if first > SAMPLE_SECONDS:
         return 1
     return max(1, round(SAMPLE_SECONDS / _sample(call, max(1, round(SAMPLE_SECONDS / 10 / max(first, 1e-7))))))
