@@ -323,6 +323,11 @@ def print_table(rows):
         print(line)
 
 
+def relative_to_torch(seconds):
+    """Heights of the bars, and what they are labelled with."""
+    return {who: s / seconds["torch"] for who, s in seconds.items()}, {who: s * 1e3 for who, s in seconds.items()}, "{:.3g}"
+
+
 def save_plot(rows, path):
     import matplotlib
 
@@ -332,19 +337,21 @@ def save_plot(rows, path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
-    places = range(len(rows))
     panels = {
-        "largest error against float64": [row.error for row in rows],
-        "all norms of a forward, ms": [{who: s * 1e3 for who, s in row.norm_seconds.items()} for row in rows],
-        "whole forward, ms": [{who: s * 1e3 for who, s in row.model_seconds.items()} for row in rows],
+        "largest error against float64": [(row.error, row.error, "{:.1e}") for row in rows],
+        "time of all norms of a forward, ms": [relative_to_torch(row.norm_seconds) for row in rows],
+        "time of the whole forward, ms": [relative_to_torch(row.model_seconds) for row in rows],
     }
-    for axis, (title, values) in zip(axes, panels.items(), strict=True):
+    for axis, (title, bars) in zip(axes, panels.items(), strict=True):
         for offset, who, colour in ((-0.2, "torch", "#999999"), (0.2, "normext", "#1f5fa8")):
-            bars = axis.bar([p + offset for p in places], [v[who] for v in values], 0.38, color=colour, label=who)
-            axis.bar_label(bars, fmt=lambda value: f"{value:.2g}", fontsize=7)
-        axis.set(title=title, yscale="log")
-        axis.set_xticks(places, [row.name for row in rows])
+            places, heights = [place + offset for place in range(len(rows))], [height[who] for height, _, _ in bars]
+            drawn = axis.bar(places, heights, 0.38, color=colour, label=who)
+            axis.bar_label(drawn, [form.format(label[who]) for _, label, form in bars], fontsize=7)
+        axis.set_title(title)
+        axis.set_xticks(range(len(rows)), [row.name for row in rows])
         axis.margins(y=0.15)
+    axes[0].set_yscale("log")
+    axes[1].set_ylabel("relative to torch")
     axes[0].legend(fontsize=8)
     figure.suptitle(f"Models from transformers on {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -93,7 +93,8 @@ def convert(model: nn.Module, example: Any = None) -> Report:
         model: any module, a norm itself included.
         example: if given, the model is run on it once, without gradients and in its present mode, to find converted
             norms that never run: a mapping is passed as keyword arguments, a tuple or list as positional ones, anything
-            else as the one argument. (In training mode such a run updates running statistics, as any forward does.)
+            else as the one argument. (In training mode such a run updates running statistics, as any forward does. If
+            it raises, the exception passes through; the model is converted all the same.)
 
     Returns:
         A `Report`.
@@ -150,6 +151,8 @@ def _replacement(module: nn.Module, known: dict[object, Recipe | str]) -> tuple[
             known[key] = recognise(module)
         except Unrecognised as reason:
             known[key] = str(reason)
+        except Exception as error:  # foreign code ran: whatever went wrong, the module stays as it is
+            known[key] = f"could not be tried out: {error!r}"
     recipe = known[key]
     if isinstance(recipe, str):
         raise Unrecognised(recipe)
