@@ -1,4 +1,4 @@
-"""Which of our norms a Python module computes, found by running it, and the class that replaces it.
+"""Which of our norms a Python module computes, found by running it.
 
 Libraries spell RMSNorm and LayerNorm in dozens of ways that differ in rounding, in `1 + weight` and in the name of
 epsilon, and class names do not tell them apart. So a private copy of the module, with random parameters, is run on
@@ -11,13 +11,14 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from normext.functional import layer_norm, rms_norm
+from normext._converted import Recipe
 
 # Attributes of every module, and those that replace a module's forward: none of them belongs to its configuration.
 _MODULE_STATE = frozenset(nn.Module().__dict__) | {"forward", "_old_forward", "_hf_hook"}
@@ -28,25 +29,6 @@ _OTHER_EPS = 0.3
 
 class Unrecognised(Exception):
     """The module is not one of our norms; the text says why."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A call of ours that does what a module's forward does, in terms of the module's attributes."""
-
-    op: str
-    weight_offset: float
-    rounding: str
-    argument: str  # the name of forward's parameter: callers may pass it by keyword
-    weight: str | None
-    bias: str | None
-    eps: str | float  # an attribute, or the constant in the module's code
-
-    def __str__(self) -> str:
-        if self.op == "layer_norm":
-            return self.op
-        offset = f"weight_offset={self.weight_offset}, " if self.weight_offset else ""
-        return f"{self.op}({offset}rounding={self.rounding!r})"
 
 
 # ---- The formulas, in plain torch
@@ -295,73 +277,37 @@ def _with_epsilon(twin: _Twin, eps: str | float) -> Recipe | None:
         twin.module.__dict__[eps] = value
         candidates = _filter(twin, candidates, value)
     # Without a weight the rounding orders are one and the same; the first is the plainest.
-    return next((c.recipe for c in candidates if _same_gradient(twin, c, value)), None)
+    recipe = next((c.recipe for c in candidates if _same_gradient(twin, c, value)), None)
+    return recipe and replace(recipe, autocast=_follows_autocast(twin, recipe))
 
 
-# ---- The class that replaces a recognised one
+class _Autocast(TorchFunctionMode):
+    """What CUDA autocast does to torch's own norms, where there is no GPU: their tensors are cast to float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.functional.layer_norm, torch.layer_norm, nn.functional.rms_norm, torch.rms_norm):
+            args = [a.float() if isinstance(a, Tensor) else a for a in args]
+            kwargs = {name: a.float() if isinstance(a, Tensor) else a for name, a in kwargs.items()}
+        return func(*args, **kwargs)
 
 
-class Converted(nn.Module):
-    """Base of the classes that stand in for recognised ones. Made at run time, so their instances pickle by recipe."""
-
-    _original: ClassVar[type[nn.Module]]
-    _recipe: ClassVar[Recipe]
-    _absent: ClassVar[None] = None  # what a recipe without weight or bias reads
-    _constant_eps: ClassVar[float]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(max(2, protocol))
-        return (_new_converted, (self._original, self._recipe), *reduced[2:])
-
-
-def _new_converted(original: type[nn.Module], recipe: Recipe) -> nn.Module:
-    kind = converted_class(original, recipe)
-    return kind.__new__(kind)
-
-
-def _forward(recipe: Recipe) -> Callable[[Any, Tensor], Tensor]:
-    weight, bias = recipe.weight or "_absent", recipe.bias or "_absent"
-    eps = recipe.eps if isinstance(recipe.eps, str) else "_constant_eps"
-    offset, rounding = recipe.weight_offset, recipe.rounding
-
-    def rms_norm_forward(self: Any, input: Tensor) -> Tensor:
-        w, e = getattr(self, weight), getattr(self, eps)
-        shape = input.shape[-1:] if w is None else w.shape
-        return rms_norm(input, shape, w, e, weight_offset=offset, rounding=rounding)
-
-    def layer_norm_forward(self: Any, input: Tensor) -> Tensor:
-        w, e = getattr(self, weight), getattr(self, eps)
-        return layer_norm(input, input.shape[-1:] if w is None else w.shape, w, getattr(self, bias), e)
-
-    forward = rms_norm_forward if recipe.op == "rms_norm" else layer_norm_forward
-    # Callers that name the argument must still be understood.
-    names = tuple(recipe.argument if name == "input" else name for name in forward.__code__.co_varnames)
-    forward.__code__ = forward.__code__.replace(co_varnames=names, co_name="forward")
-    forward.__annotations__ = {}
-    forward.__name__ = "forward"
-    return forward
-
-
-_classes: dict[tuple[type[nn.Module], Recipe], type[nn.Module]] = {}
-
-
-def converted_class(original: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
-    """A subclass of `original` whose forward is the recipe. One per pair, so converted modules share their type."""
-    return _classes.get((original, recipe)) or _classes.setdefault((original, recipe), _new_class(original, recipe))
-
-
-def _new_class(original: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
-    body = {
-        "__module__": __name__,
-        "__doc__": f"{original.__qualname__}, computed by normext.{recipe}.",
-        "forward": _forward(recipe),
-        "_original": original,
-        "_recipe": recipe,
-    }
-    if isinstance(recipe.eps, float):
-        body["_constant_eps"] = recipe.eps
-    # The name stays: libraries look for "RMSNorm" or "LayerNorm" in it.
-    return type(original.__name__, (Converted, original), body)
+def _follows_autocast(twin: _Twin, recipe: Recipe) -> bool:
+    """Norms spelled out in arithmetic, and those that cast their result, return the same dtype with and without it."""
+    generator = torch.Generator(device="cpu")
+    dtypes = []
+    for weight_dtype in (torch.bfloat16, torch.float32):
+        twin.randomise(weight_dtype, generator)
+        x = torch.ones(2, twin.width, device="cpu", dtype=torch.bfloat16)
+        plain = torch.promote_types(x.dtype, weight_dtype) if recipe.rounding == "llama" else x.dtype
+        with _Autocast():
+            y = twin.run(x)
+        dtypes.append((plain, None if y is None else y.dtype))
+    if all(under == plain for plain, under in dtypes):
+        return False
+    if all(under == torch.float32 for _, under in dtypes):
+        return True
+    raise Unrecognised("returns a dtype of its own under autocast")
 
 
 def configuration(module: nn.Module) -> object:

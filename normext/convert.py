@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from normext._recognise import Converted, Recipe, Unrecognised, configuration, converted_class, recognise
+from normext._converted import Converted, Recipe, converted_class
+from normext._recognise import Unrecognised, configuration, recognise
 from normext.layer_norm import LayerNorm
 from normext.rms_norm import RMSNorm
 

@@ -5,14 +5,14 @@ import functools
 import io
 import pickle
 
+import cases
+import oracle
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-import cases
 import normext
-import oracle
 
 pytestmark = pytest.mark.python
 

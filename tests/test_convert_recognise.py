@@ -4,15 +4,17 @@ import copy
 import importlib
 import inspect
 import pickle
+from contextlib import contextmanager
 
+import cases
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
-import cases
 import normext
-import oracle
 
 pytestmark = pytest.mark.python
 
@@ -115,6 +117,38 @@ def test_the_configuration_counts_not_the_class_alone():
     assert [r.name for r in report.refused] == ["0"]
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float32], ids=cases.short)
+@pytest.mark.parametrize(
+    ("model", "name", "args"),
+    [(model, name, args) for model, name, args, now in RECOGNISED if name[:5] in ("Llama", "Gemma", "ConvN", "Olmo2")],
+)
+def test_dtype_under_cuda_autocast_is_the_originals(model, name, args, parameters):
+    """Llama's arithmetic ignores autocast; a call of torch's layer_norm follows it. Fake tensors show it without a GPU."""
+    norm = hugging_face(model, name, args)
+    original = copy.deepcopy(norm)
+    assert normext.convert(norm).swapped
+    dtypes = []
+    with FakeTensorMode(), fake_autocast():
+        x = torch.empty(2, 96, device="cuda:0", dtype=torch.bfloat16)
+        for module in (original, norm):
+            for parameter in module._parameters:
+                module._parameters[parameter] = torch.empty(96, device="cuda:0", dtype=parameters)
+            with torch.no_grad():
+                dtypes.append(module(x).dtype)
+    assert dtypes[0] == dtypes[1]
+
+
+@contextmanager
+def fake_autocast():
+    """torch.autocast would ask for a GPU."""
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
 # ---- Norms made for the test
 
 
@@ -191,9 +225,7 @@ WRONG = {
     "epsilon off by 1e-4": variant(
         rstd=lambda self, x: torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.epsilon * (1 + 1e-4))
     ),
-    "epsilon outside the root": variant(
-        rstd=lambda self, x: 1 / (x.float().square().mean(-1, keepdim=True).sqrt() + self.epsilon)
-    ),
+    "epsilon outside the root": variant(rstd=lambda self, x: 1 / (x.float().square().mean(-1, keepdim=True).sqrt() + self.epsilon)),
     "epsilon as a maximum": variant(
         rstd=lambda self, x: torch.rsqrt(x.float().square().mean(-1, keepdim=True).clamp_min(self.epsilon))
     ),
