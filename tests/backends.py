@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 # Variables that choose a back end or its behaviour: a worker starts with none of them but its own.
-SELECTORS = ("NORMEXT_BACKEND", "NORMEXT_CPU_ISA", "NORMEXT_POISON", "NORMEXT_SIMT_ORDER", "NORMEXT_SIMT_ARCH")
+SELECTORS = ("NORMEXT_BACKEND", "NORMEXT_CPU_ISA", "NORMEXT_POISON", "NORMEXT_SIMT_ORDER", "NORMEXT_SIMT_ARCH", "NORMEXT_PDL")
 
 PROBE = """
 import json, torch

@@ -285,7 +285,8 @@ PARAM_GRADS = tuple(
 )
 # One small case per op and rounding policy, for tests of everything around the kernels.
 SMALL = tuple(Case(op, rows=6, cols=40) for op in OPS)
-VARIANTS = SMALL + (
+VARIANTS = (
+    *SMALL,
     Case("layer_norm", rows=6, cols=40, weight=False),
     Case("layer_norm", rows=6, cols=40, bias=False),
     Case("layer_norm", rows=6, cols=40, weight=False, bias=False),

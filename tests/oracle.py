@@ -7,10 +7,9 @@ contract leaves no room. The kernel's own statistics are never used.
 
 from dataclasses import dataclass
 
+import cases
 import numpy as np
 import torch
-
-import cases
 
 LIMIT = 4.0
 PRECISION = {torch.float16: (11, -14), torch.bfloat16: (8, -126)}  # significant bits, smallest exponent

@@ -19,9 +19,9 @@ def arguments(dtype=torch.float32, params=None, rows=6, cols=40, layout=lambda x
     def parameter():
         return leaf(torch.randn(cols).to(params))
 
-    x, residual, dy, dres = activation(), activation(), activation(output), activation()
+    x, residual, dres, like_x, dy = *(activation() for _ in range(4)), activation(output)
     weight, bias = parameter(), parameter()
-    flat = x.numel() // cols if cols else rows
+    flat = x.numel() // max(cols, 1)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     ln_stats = torch.rand(3, flat, dtype=wide, device=device)
     rms_stats = torch.rand(1, flat, dtype=wide, device=device)
@@ -32,9 +32,9 @@ def arguments(dtype=torch.float32, params=None, rows=6, cols=40, layout=lambda x
         "layer_norm_inference": [(x, weight, bias, 1, eps), (x, None, None, 1, eps)],
         "layer_norm_forward": [(x, weight, bias, 1, eps), (x, weight, None, 1, eps), (x, None, bias, 1, eps)],
         "layer_norm_backward": [
-            *((plain(dy), None, x, ln_stats, weight, bias, 1, needs) for needs in range(8)),
-            (plain(dy), dres, x, ln_stats, None, bias, 1, 5),
-            (plain(dy), dres, x, ln_stats, None, None, 1, 1),
+            *((plain(like_x), None, x, ln_stats, weight, bias, 1, needs) for needs in range(8)),
+            (plain(like_x), dres, x, ln_stats, None, bias, 1, 5),
+            (plain(like_x), dres, x, ln_stats, None, None, 1, 1),
         ],
         "add_layer_norm": [(x, residual, weight, bias, 1, eps, alpha), (x, residual, None, None, 1, eps, 1.0)],
         "add_layer_norm_forward": [(x, residual, weight, bias, 1, eps, alpha), (x, residual, None, None, 1, eps, 1.0)],

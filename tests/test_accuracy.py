@@ -1,9 +1,8 @@
 """The accuracy contract: largest error of outputs and gradients against wider arithmetic, at any mean and width."""
 
-import pytest
-
 import cases
 import oracle
+import pytest
 
 
 def record(record_property, case, quantity, figure, yardstick=None):
@@ -58,8 +57,8 @@ def test_never_farther_from_the_truth_than_torch(op, backend):
     """Sum of errors over a fixed set of inputs, per dtype: PyTorch's own rule for its alternative implementations."""
     for dtype in cases.DTYPES:
         ours = theirs = 0.0
-        for cols in (64, 257, 768, 1024):
-            case = cases.Case(op, rows=100 if backend.emulated else 500, cols=cols, dtype=dtype)
+        for cols in (64, 257, 768):
+            case = cases.Case(op, rows=500, cols=cols, dtype=dtype)
             t = cases.make(case, backend, rows=case.rows)
             expected = oracle.forward(case, t)
             ours += abs(oracle.wide(case.call(t)[0]) - expected).sum()

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,6 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-import cases
 import normext
 
 NAMES = ("x", "residual", "weight", "bias")
@@ -62,7 +62,10 @@ def test_either_output_alone(case, backend):
     """Gradients through the norm only and through the sum only add up to those of both."""
     t = cases.make(replace(case, dtype=torch.float64, rounding="torch"), backend)
     case = replace(case, dtype=torch.float64, rounding="torch")
-    parts = [cases.gradients(case, replace(t, dres=torch.zeros_like(t.x))), cases.gradients(case, replace(t, dy=torch.zeros_like(t.dy)))]
+    parts = [
+        cases.gradients(case, replace(t, dres=torch.zeros_like(t.x))),
+        cases.gradients(case, replace(t, dy=torch.zeros_like(t.dy))),
+    ]
     for both, one, other in zip(cases.gradients(case, t), *parts, strict=True):
         torch.testing.assert_close(both, one + other)
     s = t.requires_grad()
@@ -255,7 +258,12 @@ def test_the_same_tensor_in_several_places(op, device):
 def test_gradients_that_are_views_or_broadcasts(op, device):
     """sum() sends back an expanded scalar, a transposed use a transposed gradient."""
     x = torch.randn(6, 40, device=device)
-    for loss in (lambda y: y.sum(), lambda y: (y.t() * torch.arange(6.0, device=device)).sum(), lambda y: y[:, ::2].sum(), lambda y: y[2:3].sum()):
+    for loss in (
+        lambda y: y.sum(),
+        lambda y: (y.t() * torch.arange(6.0, device=device)).sum(),
+        lambda y: y[:, ::2].sum(),
+        lambda y: y[2:3].sum(),
+    ):
         a, b = x.clone().requires_grad_(), x.double().requires_grad_()
         loss(getattr(normext, op)(a, (40,))).backward()
         loss(getattr(F, op)(b, (40,)).float()).backward()

@@ -1,10 +1,10 @@
 """Bad input: torch's class and text, compared with torch's own function as installed, and nothing changed by the attempt."""
 
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
 
-import cases
 import normext
 
 X = torch.randn(4, 8)
@@ -69,7 +69,10 @@ def test_torchs_class_and_text(op, name, grad, device):
     """In grad mode too: the checks must not depend on which op serves the call."""
     args = bad_calls(device)[name][1]
     if grad:
-        args = tuple(a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() and not a.is_sparse else a for a in args)
+        args = tuple(
+            a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() and not a.is_sparse else a
+            for a in args
+        )
     expected = attempt(getattr(F, op), *args)
     found = attempt(getattr(normext, op), *args)
     if name in ("no shape", "too many arguments"):  # Python's own text names the function and its extra keywords
@@ -124,6 +127,8 @@ def fused_calls(device):
 @pytest.mark.parametrize("op", ["add_layer_norm", "add_rms_norm"])
 def test_fused_ops_refuse_in_one_sentence(op, name, device):
     """These have no torch namesake: a class that torch would use, what was expected and what was given, no file paths."""
+    if op == "add_rms_norm" and name == "weight dtype":
+        pytest.skip("RMSNorm accepts any mix, as torch does")
     kind, text = attempt(getattr(normext, op), *fused_calls(device)[name]) or (None, None)
     assert kind in ("RuntimeError", "ValueError", "TypeError", "NotImplementedError")
     assert text and "\n" not in text and ".cpp" not in text and ".h:" not in text

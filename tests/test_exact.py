@@ -1,17 +1,18 @@
 """Zero tolerance: data on which every intermediate value is exact, and equalities the library promises bit for bit.
 
 The exact data are oneDNN's idea: rows m +- 1 and m +- 3 in the proportion 10:6, so that the mean is m, the variance 4 and, with
-eps = 0, rstd 1/2, in any order of summation. Every 16 columns hold the whole pattern, so that the segments of a long row have that mean, too.
+eps = 0, rstd 1/2, in any order of summation. Every 16 columns hold the whole pattern, so that the segments of a long row have
+that mean, too.
 """
 
 from dataclasses import replace
 
+import cases
+import oracle
 import pytest
 import torch
 
-import cases
 import normext
-import oracle
 
 PATTERN = torch.tensor([1, -1] * 5 + [3, -3] * 3, dtype=torch.float64)
 WIDTHS = (16, 64, 112, 256, 1040, 2048, 4096, 4112, 16384, 65536)

@@ -5,10 +5,9 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import cases
 import pytest
 import torch
-
-import cases
 
 # (cols, dtype): one width per schedule. The wide ones are the rows that may be split over blocks or threads.
 SHAPES = [
@@ -113,7 +112,9 @@ def test_layout_does_not_change_the_result(op, cols, dtype, layout, backend):
 
 def strided_gradients(case, t):
     """Gradients without copying the inputs first: cloning would keep values but change the layout."""
-    t = replace(t, **{k: getattr(t, k).detach().requires_grad_() for k in ("x", "residual", "weight", "bias") if getattr(t, k) is not None})
+    t = replace(
+        t, **{k: getattr(t, k).detach().requires_grad_() for k in ("x", "residual", "weight", "bias") if getattr(t, k) is not None}
+    )
     outputs = case.call(t)
     return torch.autograd.grad(outputs, t.leaves(), [t.dy, t.dres][: len(outputs)])
 
@@ -161,9 +162,9 @@ import backends, cases
 backend = backends.EMULATED
 digest = hashlib.sha256()
 for op in cases.OPS:
-    for rows, cols, dtype in ((70, 40, torch.float32), (33, 111, torch.bfloat16), (9, 1152, torch.float16), (3, 4097, torch.float32),
-                              (2, 16384, torch.bfloat16), (1, 65536, torch.float32)):
-        case = cases.Case(op, rows=rows, cols=cols, dtype=dtype)
+    for rows, cols, dtype in ((70, 40, "float32"), (33, 111, "bfloat16"), (9, 1152, "float16"), (3, 4097, "float32"),
+                              (2, 16384, "bfloat16"), (1, 65536, "float32")):
+        case = cases.Case(op, rows=rows, cols=cols, dtype=getattr(torch, dtype))
         t = cases.make(case, backend, rows=rows)
         for result in (*case.call(t), *cases.gradients(case, t)):
             digest.update(result.contiguous().view(torch.uint8).numpy().tobytes())
@@ -177,7 +178,7 @@ def test_emulated_schedules_agree(backend):
         pytest.skip("schedules are the emulator's")
     script = SCHEDULE_PROBE.format(tests=os.path.dirname(__file__))
     settings = [{"NORMEXT_SIMT_ORDER": order} for order in ("forward", "reverse", "random:1", "random:2", "random:3")]
-    settings += [{"NORMEXT_SIMT_ARCH": "80"}, {"NORMEXT_SIMT_ARCH": "80", "NORMEXT_SIMT_ORDER": "random:4"}]
+    settings += [{"NORMEXT_PDL": "1"}, {"NORMEXT_SIMT_ARCH": "80"}, {"NORMEXT_SIMT_ARCH": "80", "NORMEXT_SIMT_ORDER": "random:4"}]
     digests = {}
     for setting in settings:
         run = subprocess.run([sys.executable, "-c", script], env=backend.environment(**setting), capture_output=True, text=True)

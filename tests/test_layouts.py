@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
-import cases
 import normext
 
 LAYOUTS = {"contiguous": lambda x: x, **cases.LAYOUTS}
@@ -125,7 +125,11 @@ def test_parameters_of_any_layout(device):
     """Strided, expanded and misaligned weights."""
     x = torch.randn(5, 48, device=device)
     plain = torch.randn(48, device=device)
-    variants = [torch.stack([plain, plain], 1)[:, 0], torch.cat([plain[:1], plain])[1:], plain.view(6, 8).t().contiguous().t().reshape(48)]
+    variants = [
+        torch.stack([plain, plain], 1)[:, 0],
+        torch.cat([plain[:1], plain])[1:],
+        plain.view(6, 8).t().contiguous().t().reshape(48),
+    ]
     for weight in variants:
         assert normext.layer_norm(x, (48,), weight, weight).equal(normext.layer_norm(x, (48,), plain, plain))
         assert normext.rms_norm(x, (48,), weight).equal(normext.rms_norm(x, (48,), plain))

@@ -4,11 +4,10 @@ import os
 import subprocess
 import sys
 
-import pytest
-import torch
-
 import cases
+import pytest
 import raw_ops
+import torch
 
 NAMES = sorted(raw_ops.arguments())
 # Ops without autograd registration: the autograd.Function above them is their gradient.

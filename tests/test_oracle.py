@@ -1,12 +1,11 @@
 """A test that cannot fail is a defect: the oracle must reject what is known to be wrong, and accept what is right."""
 
-import mpmath
-import pytest
-import torch
-
 import backends
 import cases
+import mpmath
 import oracle
+import pytest
+import torch
 
 pytestmark = pytest.mark.once
 
@@ -37,7 +36,9 @@ def figure(case, **wrong):
 @pytest.mark.parametrize("wrong", ["one_pass", "eps_outside", "eps_dropped", "unbiased", "params_rounded"])
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
 def test_wrong_formulas_are_rejected(op, wrong):
-    case = cases.Case(op, rows=16, cols=1024, mean=10.0 if wrong == "one_pass" else 0.0, data="tiny" if "eps" in wrong else "normal")
+    case = cases.Case(
+        op, rows=16, cols=1024, mean=10.0 if wrong == "one_pass" else 0.0, data="tiny" if "eps" in wrong else "normal"
+    )
     if op == "rms_norm" and wrong == "one_pass":
         pytest.skip("RMSNorm has one pass")
     assert figure(case, **{wrong: True}) > 10 * oracle.LIMIT

@@ -1,12 +1,12 @@
 """torch.func transforms and their compositions, against the same transforms of a formula in plain torch ops."""
 
+import cases
 import pytest
 import torch
+from test_autograd import DOUBLE, composed, function_of
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
-import cases
 import normext
-from test_autograd import DOUBLE, composed, function_of
 
 pytestmark = pytest.mark.python
 CASES = tuple(case for case in DOUBLE if case.weight)
@@ -142,5 +142,7 @@ def test_reference_path_meets_the_accuracy_contract_at_large_means(backend):
         for mean in (0.0, 1e3, 1e5):
             case = cases.Case(op, rows=16, cols=1024, mean=mean)
             t = cases.make(case, backend)
-            output = vmap(lambda row, t=t, case=case: case.call(cases.Tensors(row[None], None, t.weight, t.bias, t.dy, None))[0][0])(t.x)
+            output = vmap(
+                lambda row, t=t, case=case: case.call(cases.Tensors(row[None], None, t.weight, t.bias, t.dy, None))[0][0]
+            )(t.x)
             assert oracle.forward_error(case, t, output) <= oracle.LIMIT

@@ -20,9 +20,8 @@ import threading
 import time
 from collections import Counter, defaultdict
 
-import pytest
-
 import backends
+import pytest
 
 TIME_LIMIT = 300  # seconds one test may take before its worker is taken for hung
 

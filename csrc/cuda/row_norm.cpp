@@ -1,3 +1,4 @@
+// The entry points of row_norm.h: the run-time norm to its instantiations.
 #include "cuda/row_norm.h"
 
 #include "cuda/row_entry.h"
