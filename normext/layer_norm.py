@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normext import _library
-from normext._library import is_grad_enabled, special
+from normext._library import Op, is_dynamo_compiling, is_grad_enabled, special
 
-_lean = _library.direct_op("layer_norm")
-_inference = _library.overload("layer_norm_inference")
-_forward = _library.overload("layer_norm_forward")
-_backward = _library.overload("layer_norm_backward")
-_add = _library.overload("add_layer_norm")
-_add_forward = _library.overload("add_layer_norm_forward")
-_export = _library.overload("layer_norm_export")
+_lean = Op.named("layer_norm").direct
+_inference = Op.named("layer_norm_inference")
+_forward = Op.named("layer_norm_forward")
+_backward = Op.named("layer_norm_backward")
+_add = Op.named("add_layer_norm")
+_add_forward = Op.named("add_layer_norm_forward")
+_export = Op.named("layer_norm_export")
 
 
 def reference(input: Tensor, weight: Tensor | None, bias: Tensor | None, normalized_ndim: int, eps: float) -> Tensor:
@@ -72,7 +72,7 @@ class _LayerNorm(torch.autograd.Function):
     """With a residual, two outputs: the norm and what was normalised."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         residual: Tensor | None,
@@ -84,44 +84,36 @@ class _LayerNorm(torch.autograd.Function):
     ) -> Any:
         ctx.arguments = normalized_ndim, eps, alpha
         if residual is None:
-            output, stats = _forward(input, weight, bias, normalized_ndim, eps)
+            forward = _forward.overload if is_dynamo_compiling() else _forward.direct
+            output, stats = forward(input, weight, bias, normalized_ndim, eps)
             ctx.save_for_backward(input, stats, weight, bias)
             return output
-        output, summed, stats = _add_forward(input, residual, weight, bias, normalized_ndim, eps, alpha)
+        forward = _add_forward.overload if is_dynamo_compiling() else _add_forward.direct
+        output, summed, stats = forward(input, residual, weight, bias, normalized_ndim, eps, alpha)
         ctx.save_for_backward(summed, stats, weight, bias)
         ctx.set_materialize_grads(False)
         return output, summed
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, grad_summed: Tensor | None = None) -> Any:  # type: ignore[override]
-        return _gradients(ctx, grad_output, grad_summed)
+    def backward(ctx: Any, grad_output: Tensor | None, grad_summed: Tensor | None = None, *_: Any) -> tuple[Any, ...]:
+        needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        ndim, eps, alpha = ctx.arguments
+        grad: Tensor | None
+        if grad_output is None:
+            grad, grad_weight, grad_bias = grad_summed, None, None
+        else:
+            x, stats, weight, bias = ctx.saved_tensors
+            needs = (needs_input or needs_residual) | needs_weight << 1 | needs_bias << 2
+            grad, grad_weight, grad_bias = _library.gradients(
+                _backward, reference, needs, grad_output, grad_summed, stats, (x, weight, bias), (ndim,), (ndim, eps)
+            )
+        grad_residual = None
+        if needs_residual and grad is not None:
+            grad_residual = grad if alpha == 1.0 else grad * alpha
+        return grad if needs_input else None, grad_residual, grad_weight, grad_bias, None, None, None
 
 
 _apply = _library.direct_apply(_LayerNorm)
-
-
-def _gradients(ctx: Any, grad_output: Tensor | None, grad_summed: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    needs_input, needs_residual, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    ndim, eps, alpha = ctx.arguments
-    grad: Tensor | None
-    if grad_output is None:
-        grad, grad_weight, grad_bias = grad_summed, None, None
-    else:
-        x, stats, weight, bias = ctx.saved_tensors
-        needs = (needs_input or needs_residual, needs_weight, needs_bias)
-        grad, grad_weight, grad_bias = _library.gradients(
-            _backward, reference, needs, grad_output, grad_summed, stats, (x, weight, bias), (ndim,), (ndim, eps)
-        )
-    grad_residual = grad if alpha == 1.0 or grad is None else grad * alpha
-    return (
-        grad if needs_input else None,
-        grad_residual if needs_residual else None,
-        grad_weight,
-        grad_bias,
-        None,
-        None,
-        None,
-    )
 
 
 def _setup_export(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -134,7 +126,7 @@ def _setup_export(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 # Programs that torch.export wrote are trained through this op: only there does an op carry its gradient itself [7-10 us a call].
-_library.register_autograd("layer_norm_export", _gradients, _setup_export)
+_library.register_autograd("layer_norm_export", _LayerNorm.backward, _setup_export)
 
 
 def layer_norm(
@@ -172,17 +164,16 @@ def layer_norm(
     try:
         if input.is_cuda and _library.autocast_active(input):
             input, weight, bias = _library.autocast(input, weight, bias)
+        known = weight is not None and weight.shape == normalized_shape
         if is_grad_enabled() and (
-            input.requires_grad
-            or (weight is not None and weight.requires_grad)
-            or (bias is not None and bias.requires_grad)
+            input.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
         ):
-            ndim = _library.normalized_ndim(input, normalized_shape, weight)
+            ndim = len(normalized_shape) if known else _library.normalized_ndim(input, normalized_shape)
             result = _apply(input, None, weight, bias, ndim, eps, 1.0)
-        elif weight is not None and bias is not None and weight.shape == normalized_shape:
+        elif known and bias is not None:
             result = _lean(input, weight, bias, eps)
         else:
-            result = _inference(input, weight, bias, _library.normalized_ndim(input, normalized_shape, weight), eps)
+            result = _inference.direct(input, weight, bias, _library.normalized_ndim(input, normalized_shape), eps)
     except _library.REFUSALS as error:
         raise _library.torchs_error(error, F.layer_norm, input, normalized_shape, weight, bias, eps) from None
     return result
@@ -193,7 +184,7 @@ def _layer_norm_special(
 ) -> Tensor:
     """While compiling, exporting or transforming, where an op's exception cannot be caught: arguments are checked first."""
     if not _library.accepts(input, normalized_shape, weight, bias):
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
     if _library.autocast_active(input):
         input, weight, bias = _library.autocast(input, weight, bias)
     if _library.transformed():
@@ -213,14 +204,16 @@ def _compiled(
     """The call as Dynamo and torch.export see it."""
     found: Any
     if _library.is_exporting():
-        found = _export(input, residual, weight, bias, normalized_ndim, eps, alpha)[:2]
+        found = _export.overload(input, residual, weight, bias, normalized_ndim, eps, alpha)[:2]
     elif _library.any_requires_grad(input, residual, weight, bias):
-        found = _LayerNorm.apply(input, residual, weight, bias, normalized_ndim, eps, alpha)
+        found = _LayerNorm.apply(  # type: ignore[no-untyped-call]
+            input, residual, weight, bias, normalized_ndim, eps, alpha
+        )
         found = found if residual is not None else (found, None)
     elif residual is None:
-        found = _inference(input, weight, bias, normalized_ndim, eps), None
+        found = _inference.overload(input, weight, bias, normalized_ndim, eps), None
     else:
-        found = _add(input, residual, weight, bias, normalized_ndim, eps, alpha)
+        found = _add.overload(input, residual, weight, bias, normalized_ndim, eps, alpha)
     return found[0], found[1]
 
 
@@ -272,8 +265,8 @@ def add_layer_norm(
             return _compiled(input, residual, weight, bias, len(normalized_shape), eps, alpha)
         return _add_unfused(input, residual, normalized_shape, weight, bias, eps, alpha)
     try:
-        ndim = _library.normalized_ndim(input, normalized_shape, weight)
-        call = _apply if _library.any_requires_grad(input, residual, weight, bias) else _add
+        ndim = _library.normalized_ndim(input, normalized_shape)
+        call = _apply if _library.any_requires_grad(input, residual, weight, bias) else _add.direct
         result = call(input, residual, weight, bias, ndim, eps, alpha)
     except _library.REFUSALS as error:
         _library.check_residual("add_layer_norm", input, residual)

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normext import _library
-from normext._library import is_grad_enabled, special
+from normext._library import Op, is_dynamo_compiling, is_grad_enabled, special
 
-_lean = _library.direct_op("rms_norm")
-_inference = _library.overload("rms_norm_inference")
-_forward = _library.overload("rms_norm_forward")
-_backward = _library.overload("rms_norm_backward")
-_add = _library.overload("add_rms_norm")
-_add_forward = _library.overload("add_rms_norm_forward")
-_fused = _library.overload("fused_add_rms_norm_")
-_export = _library.overload("rms_norm_export")
+_lean = Op.named("rms_norm").direct
+_inference = Op.named("rms_norm_inference")
+_forward = Op.named("rms_norm_forward")
+_backward = Op.named("rms_norm_backward")
+_add = Op.named("add_rms_norm")
+_add_forward = Op.named("add_rms_norm_forward")
+_fused = Op.named("fused_add_rms_norm_")
+_export = Op.named("rms_norm_export")
 
 # eps=None means the machine epsilon of the dtype in which is accumulated.
 _EPS = {dtype: torch.finfo(torch.float32).eps for dtype in (torch.float32, torch.float16, torch.bfloat16)}
@@ -87,7 +87,7 @@ class _RMSNorm(torch.autograd.Function):
     """With a residual, two outputs: the norm and what was normalised."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         residual: Tensor | None,
@@ -99,42 +99,40 @@ class _RMSNorm(torch.autograd.Function):
     ) -> Any:
         ctx.arguments = normalized_ndim, eps, weight_offset, rounding
         if residual is None:
-            output, stats = _forward(input, weight, normalized_ndim, eps, weight_offset, rounding)
+            forward = _forward.overload if is_dynamo_compiling() else _forward.direct
+            output, stats = forward(input, weight, normalized_ndim, eps, weight_offset, rounding)
             ctx.save_for_backward(input, stats, weight)
             return output
-        output, summed, stats = _add_forward(input, residual, weight, normalized_ndim, eps, weight_offset, rounding)
+        forward = _add_forward.overload if is_dynamo_compiling() else _add_forward.direct
+        output, summed, stats = forward(input, residual, weight, normalized_ndim, eps, weight_offset, rounding)
         ctx.save_for_backward(summed, stats, weight)
         ctx.set_materialize_grads(False)
         return output, summed
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, grad_summed: Tensor | None = None) -> Any:  # type: ignore[override]
-        return _gradients(ctx, grad_output, grad_summed)
+    def backward(ctx: Any, grad_output: Tensor | None, grad_summed: Tensor | None = None, *_: Any) -> tuple[Any, ...]:
+        needs_input, needs_residual, needs_weight = ctx.needs_input_grad[:3]
+        grad: Tensor | None
+        if grad_output is None:
+            grad, grad_weight = grad_summed, None
+        else:
+            x, stats, weight = ctx.saved_tensors
+            ndim, eps, weight_offset, rounding = ctx.arguments
+            grad, grad_weight = _library.gradients(
+                _backward,
+                reference,
+                (needs_input or needs_residual) | needs_weight << 1,
+                grad_output,
+                grad_summed,
+                stats,
+                (x, weight),
+                (ndim, weight_offset, rounding),
+                (ndim, eps, weight_offset, rounding),
+            )
+        return grad if needs_input else None, grad if needs_residual else None, grad_weight, None, None, None, None
 
 
 _apply = _library.direct_apply(_RMSNorm)
-
-
-def _gradients(ctx: Any, grad_output: Tensor | None, grad_summed: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    needs_input, needs_residual, needs_weight, *_ = ctx.needs_input_grad
-    grad: Tensor | None
-    if grad_output is None:
-        grad, grad_weight = grad_summed, None
-    else:
-        x, stats, weight = ctx.saved_tensors
-        ndim, eps, weight_offset, rounding = ctx.arguments
-        grad, grad_weight = _library.gradients(
-            _backward,
-            reference,
-            (needs_input or needs_residual, needs_weight),
-            grad_output,
-            grad_summed,
-            stats,
-            (x, weight),
-            (ndim, weight_offset, rounding),
-            (ndim, eps, weight_offset, rounding),
-        )
-    return grad if needs_input else None, grad if needs_residual else None, grad_weight, None, None, None, None
 
 
 def _setup_export(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -147,7 +145,7 @@ def _setup_export(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 # Programs that torch.export wrote are trained through this op: only there does an op carry its gradient itself [7-10 us a call].
-_library.register_autograd("rms_norm_export", _gradients, _setup_export)
+_library.register_autograd("rms_norm_export", _RMSNorm.backward, _setup_export)
 
 
 def rms_norm(
@@ -201,14 +199,15 @@ def rms_norm(
         if input.is_cuda and _library.autocast_active(input) and _library.AUTOCASTS_RMS_NORM:
             input, weight = _library.autocast(input, weight)
         epsilon = _EPS[input.dtype] if eps is None else eps
+        known = weight is not None and weight.shape == normalized_shape
         if is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad)):
-            ndim = _library.normalized_ndim(input, normalized_shape, weight)
+            ndim = len(normalized_shape) if known else _library.normalized_ndim(input, normalized_shape)
             result = _apply(input, None, weight, ndim, epsilon, weight_offset, _library.ROUNDINGS[rounding])
-        elif rounding == "torch" and weight_offset == 0.0 and weight is not None and weight.shape == normalized_shape:
+        elif known and rounding == "torch" and weight_offset == 0.0:
             result = _lean(input, weight, epsilon)
         else:
-            ndim = _library.normalized_ndim(input, normalized_shape, weight)
-            result = _inference(input, weight, ndim, epsilon, weight_offset, _library.ROUNDINGS[rounding])
+            ndim = _library.normalized_ndim(input, normalized_shape)
+            result = _inference.direct(input, weight, ndim, epsilon, weight_offset, _library.ROUNDINGS[rounding])
     except _library.REFUSALS as error:
         return _refused(error, input, normalized_shape, weight, eps, weight_offset, rounding)
     return result
@@ -233,7 +232,7 @@ def _refused(
     tensors = isinstance(input, Tensor) and (weight is None or isinstance(weight, Tensor))
     if tensors and not _library.accepts_dtypes(input, weight):
         if weight_offset == 0.0 and rounding == "torch":
-            return F.rms_norm(input, normalized_shape, weight, eps)  # type: ignore[arg-type]
+            return F.rms_norm(input, normalized_shape, weight, eps)
         known = input.dtype in _EPS and (weight is None or weight.dtype in _EPS)
         if known and _library.accepts_shapes(input, normalized_shape, weight):
             epsilon = _EPS[input.dtype] if eps is None else eps
@@ -275,14 +274,16 @@ def _compiled(
     """The call as Dynamo and torch.export see it."""
     found: Any
     if _library.is_exporting():
-        found = _export(input, residual, weight, normalized_ndim, eps, weight_offset, rounding)
+        found = _export.overload(input, residual, weight, normalized_ndim, eps, weight_offset, rounding)
     elif _library.any_requires_grad(input, residual, weight):
-        found = _RMSNorm.apply(input, residual, weight, normalized_ndim, eps, weight_offset, rounding)
+        found = _RMSNorm.apply(  # type: ignore[no-untyped-call]
+            input, residual, weight, normalized_ndim, eps, weight_offset, rounding
+        )
         found = found if residual is not None else (found, None)
     elif residual is None:
-        found = _inference(input, weight, normalized_ndim, eps, weight_offset, rounding), None
+        found = _inference.overload(input, weight, normalized_ndim, eps, weight_offset, rounding), None
     else:
-        found = _add(input, residual, weight, normalized_ndim, eps, weight_offset, rounding)
+        found = _add.overload(input, residual, weight, normalized_ndim, eps, weight_offset, rounding)
     return found[0], found[1]
 
 
@@ -336,9 +337,9 @@ def add_rms_norm(
             return _compiled(input, residual, weight, ndim, epsilon, weight_offset, _library.ROUNDINGS[rounding])
         return _add_unfused(input, residual, normalized_shape, weight, eps, weight_offset, rounding)
     try:
-        ndim = _library.normalized_ndim(input, normalized_shape, weight)
+        ndim = _library.normalized_ndim(input, normalized_shape)
         epsilon = _EPS[input.dtype] if eps is None else eps
-        call = _apply if _library.any_requires_grad(input, residual, weight) else _add
+        call = _apply if _library.any_requires_grad(input, residual, weight) else _add.direct
         result = call(input, residual, weight, ndim, epsilon, weight_offset, _library.ROUNDINGS[rounding])
     except _library.REFUSALS as error:
         _check_rounding("add_rms_norm", rounding)
@@ -393,7 +394,7 @@ def fused_add_rms_norm_(input: Tensor, residual: Tensor, weight: Tensor, eps: fl
         input.copy_(rms_norm(residual, weight.shape, weight, eps))
         return
     try:
-        _fused(input, residual, weight, eps)
+        (_fused.overload if is_dynamo_compiling() else _fused.direct)(input, residual, weight, eps)
     except MemoryError as error:
         _library.raise_if_out_of_memory(error, input)
     if not _library.is_compiling():
@@ -410,9 +411,7 @@ class RMSNorm(nn.RMSNorm):
     weight_offset: float = 0.0
     rounding: str = "torch"
 
-    def __init__(
-        self, *args: Any, weight_offset: float = 0.0, rounding: str = "torch", **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, weight_offset: float = 0.0, rounding: str = "torch", **kwargs: Any) -> None:
         _check_rounding("RMSNorm", rounding)
         self.weight_offset = weight_offset
         self.rounding = rounding

@@ -81,7 +81,7 @@ inline bool collapse_rows(const std::int64_t* sizes, const std::int64_t* strides
   for (int d = 0; d < kMaxRowDims; ++d) {
     layout->extent[d] = extent[d];
     layout->stride[d] = stride[d];
-    if (d < kMaxRowDims - 1 && layout->small && extent[d] > 0) {
+    if (d + 1 < dims && layout->small && extent[d] > 0) {
       layout->fast[d] = FastDivisor(static_cast<std::uint32_t>(extent[d]));
     }
   }

@@ -31,6 +31,13 @@ const DtypeNumbers& dtype_numbers() {
   return numbers;
 }
 
+// For torch functions that fail only when torch itself is broken or out of memory.
+void check(AOTITorchError code, const char* what) {
+  if (code != AOTI_TORCH_SUCCESS) refuse(std::string("normext: torch could not ") + what);
+}
+
+}  // namespace
+
 bool poisoned() {
   static const bool on = [] {
     const char* value = std::getenv("NORMEXT_POISON");
@@ -38,13 +45,6 @@ bool poisoned() {
   }();
   return on;
 }
-
-// For torch functions that fail only when torch itself is broken or out of memory.
-void check(AOTITorchError code, const char* what) {
-  if (code != AOTI_TORCH_SUCCESS) refuse(std::string("normext: torch could not ") + what);
-}
-
-}  // namespace
 
 std::int32_t torch_dtype(DType dtype) { return dtype_numbers().of[static_cast<int>(dtype)]; }
 

@@ -91,6 +91,8 @@ struct OptionalTensor : Tensor {
   const Tensor* or_null() const { return *this ? this : nullptr; }
 };
 
+bool poisoned();  // NORMEXT_POISON=1
+
 // Fresh memory from torch's allocator; std::bad_alloc when there is none. With NORMEXT_POISON=1 every element is NaN, so that
 // an element no kernel wrote cannot pass for a result.
 Tensor allocate(int ndim, const std::int64_t* sizes, const std::int64_t* strides, DType dtype, Device device);
