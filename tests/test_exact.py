@@ -156,6 +156,16 @@ def test_llama_rounding_follows_from_the_saved_rstd(dtype, backend):
     assert case.call(t)[0].equal(output)
 
 
+@pytest.mark.parametrize("dtype", cases.SIXTEEN_BIT)
+def test_llama_weight_gradient_is_that_of_the_rounded_value(dtype, backend):
+    """With one row the sum has one term: dy times the rounded value that the weight multiplied."""
+    case = cases.Case("rms_norm", rows=1, cols=768, dtype=dtype, param_dtype=torch.float32, rounding="llama")
+    t = cases.make(case, backend)
+    stats = torch.ops.normext.rms_norm_forward(t.x, t.weight, 1, case.eps, 0.0, 1)[1]
+    rounded_value = (t.x.float() * stats[0][:, None]).to(dtype).float()
+    assert cases.gradients(case, t)[1].equal((t.dy * rounded_value)[0])
+
+
 def test_weight_offset_is_added_in_float32(backend):
     """1 + w in bfloat16 would lose these weights altogether (Gemma)."""
     t = cases.make(cases.Case("rms_norm", rows=4, cols=64, dtype=torch.bfloat16, weight_offset=1.0), backend)
@@ -170,6 +180,13 @@ def test_weight_offset_equals_the_shifted_weight(backend):
     t = cases.make(cases.Case("rms_norm", rows=8, cols=257), backend)
     shifted = normext.rms_norm(t.x, (257,), t.weight + 1.0, 1e-5)
     assert normext.rms_norm(t.x, (257,), t.weight, 1e-5, weight_offset=1.0).equal(shifted)
+
+
+def test_weight_offset_without_a_weight_changes_nothing(backend):
+    t = cases.make(cases.Case("rms_norm", rows=8, cols=257), backend)
+    plain = normext.rms_norm(t.x, (257,), None, 1e-5)
+    assert normext.rms_norm(t.x, (257,), None, 1e-5, weight_offset=1.0).equal(plain)
+    assert normext.add_rms_norm(t.x, torch.zeros_like(t.x), (257,), None, 1e-5, weight_offset=1.0)[0].equal(plain)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)

@@ -121,6 +121,20 @@ def test_row_strides_beyond_32_bits(stride, device, backend):
     assert case.call(t)[0].equal(case.call(replace(t, x=buffer[None]))[0])
 
 
+def test_second_row_beyond_32_bits(device, backend):
+    """Rows 2^31 elements apart, in 4 GB of which only two pages are touched (on a GPU, the memory is really taken)."""
+    buffer = torch.empty(2**31 + 64, dtype=torch.float16, device=device)
+    x = buffer.as_strided((2, 64), (2**31, 1))
+    t = cases.make(cases.Case("layer_norm", rows=2, cols=64, dtype=torch.float16), backend)
+    x.copy_(t.x)
+    for op in ("layer_norm", "rms_norm"):
+        case = cases.Case(op, rows=2, cols=64, dtype=torch.float16)
+        assert case.call(replace(t, x=x))[0].equal(case.call(t)[0])
+    stats = torch.ops.normext.layer_norm_forward(t.x, t.weight, t.bias, 1, 1e-5)[1]
+    wide, plain = (torch.ops.normext.layer_norm_backward(v, None, v, stats, t.weight, t.bias, 1, 7) for v in (x, t.x))
+    assert all(one.equal(other) for one, other in zip(wide, plain, strict=True))
+
+
 def test_parameters_of_any_layout(device):
     """Strided, expanded and misaligned weights."""
     x = torch.randn(5, 48, device=device)
@@ -149,11 +163,33 @@ def test_normalized_shape_may_be_int_list_size_or_tuple(device):
 
 
 def test_special_values_spread_as_in_torch(device):
-    """A NaN or infinity spoils its own row and no other."""
+    """A NaN or infinity spoils its own row and no other, in every dtype."""
     for op in ("layer_norm", "rms_norm"):
-        for value in (float("nan"), float("inf")):
-            x = torch.randn(5, 40, device=device)
-            x[2, 7] = value
-            ours, theirs = getattr(normext, op)(x, (40,)), getattr(F, op)(x, (40,))
-            assert ours.isnan().equal(theirs.isnan())
-            assert not ours[[0, 1, 3, 4]].isnan().any()
+        for dtype in cases.DTYPES:
+            for value in (float("nan"), float("inf"), -float("inf")):
+                x = torch.randn(5, 40, device=device).to(dtype)
+                x[2, 7] = value
+                ours, theirs = getattr(normext, op)(x, (40,)), getattr(F, op)(x, (40,))
+                assert ours.isnan().equal(theirs.isnan())
+                assert not ours[[0, 1, 3, 4]].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_value_passes_through(dtype, device):
+    """Conversions: all 65536 bit patterns, subnormals and NaN included, as residual_out of x + 0."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(1024, 64).to(device)
+    total = normext.add_rms_norm(x, torch.zeros_like(x), (64,))[1]
+    assert torch.equal(total.nan_to_num(nan=1.0), (x + 0).nan_to_num(nan=1.0)) and total.isnan().equal(x.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_are_rounded_to_nearest_even(dtype, device):
+    """x plus half a unit and neighbours of it, over all magnitudes, ties included: the same as torch's rounding."""
+    x = torch.arange(0, 2**15, 7, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = x[x.isfinite() & (x.float().abs() < 1e4)][: 64 * 64].view(-1)
+    x = x[: x.numel() // 64 * 64].view(-1, 64).to(device)
+    unit = torch.finfo(dtype).eps
+    for part in (0.25, 0.5, 0.75, 1.5, -0.25, -0.5):
+        residual = (x.float() * unit * part).to(dtype)
+        for a in (x, -x):
+            assert normext.add_layer_norm(a, residual, (64,))[1].equal(a + residual)

@@ -142,3 +142,39 @@ def test_poisoned_outputs_are_overwritten(backend):
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "0"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_inconsistent_companion_is_refused(name, device):
+    """Each tensor in turn gets another shape, dtype or device: too small is an out-of-bounds read if it is not refused."""
+    for args in raw_ops.arguments(device=device)[name]:
+        for place, argument in enumerate(args):
+            if not isinstance(argument, torch.Tensor) or place == 0:
+                continue
+            flat = argument.detach().reshape(-1)
+            smaller, longer = argument.detach()[:-1], torch.cat([argument.detach(), argument.detach()])
+            for wrong in (flat[:1], flat[:0], smaller, longer, argument.detach()[None], argument.detach().to(torch.int64)):
+                with pytest.raises(RuntimeError, match="expected"):
+                    raw_ops.op(name)(*args[:place], wrong, *args[place + 1 :])
+            wrong_type = argument.detach().to(torch.float64)
+            for wrong in (wrong_type, argument.detach().to("meta")):
+                with pytest.raises((RuntimeError, NotImplementedError)):
+                    raw_ops.op(name)(*args[:place], wrong, *args[place + 1 :])
+
+
+def test_bad_numbers_are_refused(device):
+    """normalized_ndim, rounding and needs outside their range."""
+    table = raw_ops.arguments(device=device)
+    for name in ("layer_norm_inference", "rms_norm_inference", "add_layer_norm", "add_rms_norm_forward"):
+        args = list(table[name][0])
+        place = next(i for i, a in enumerate(args) if isinstance(a, int))
+        for ndim in (0, -1, 3, 2**40):
+            with pytest.raises(RuntimeError, match="normalized"):
+                raw_ops.op(name)(*args[:place], ndim, *args[place + 1 :])
+    for name in ("layer_norm_backward", "rms_norm_backward"):
+        *args, _ = table[name][0]
+        for needs in (-1, 8, 16):
+            with pytest.raises(RuntimeError, match="needs"):
+                raw_ops.op(name)(*args, needs)
+    with pytest.raises(RuntimeError, match="rounding"):
+        raw_ops.op("rms_norm_inference")(*table["rms_norm_inference"][0][:-1], 2)

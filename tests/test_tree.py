@@ -8,6 +8,7 @@ import itertools
 from dataclasses import replace
 
 import cases
+import oracle
 import pytest
 import torch
 
@@ -107,6 +108,16 @@ def test_mapping_and_alignment_change_no_bit(direction, cols, dtype, op, backend
         for placement in chosen:
             check(placement, mapping)
         PLAN(direction, name(dtype), rows, cols, override={})
+
+
+def test_more_blocks_than_16_bits_count(backend):
+    """70 000 rows, one row per block: nothing may depend on a grid dimension that ends at 65535."""
+    case = cases.Case("layer_norm", cols=8)
+    t = cases.make(case, backend, rows=70000)
+    expected = case.call(t)[0]
+    PLAN("forward", "float32", 70000, 8, override={"rows_at_once": 1})
+    assert case.call(t)[0].equal(expected)
+    assert oracle.forward_error(case, t, expected) <= oracle.LIMIT
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

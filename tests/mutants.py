@@ -1,0 +1,116 @@
+"""Plants bugs that norms really had (one at a time, in a copy of the tree) and checks that the suite notices:  make mutants
+
+Each mutant is a textual replacement in one file, the back ends it needs and the tests that must fail. A mutant that nothing
+notices has survived; the program then exits with 1. Words on the command line select mutants by name. The copy is compiled
+with -O1, incrementally: only what a mutant touches, only the library its tests load.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from planted import MUTANTS
+
+ROOT = Path(__file__).resolve().parent.parent
+COPY = ROOT / "build" / "mutants"
+BUILD = COPY / "build"
+PYTEST = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+
+
+def sync():
+    """The working tree as git sees it, unchanged files keeping their time stamps so that nothing is compiled twice."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        source, target = ROOT / name, COPY / name
+        if not source.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists() or target.read_bytes() != source.read_bytes():
+            shutil.copy(source, target)
+
+
+def configure():
+    import pybind11
+    import torch
+
+    options = {
+        "CMAKE_BUILD_TYPE": "None",
+        "CMAKE_CXX_FLAGS": "-O1",
+        "NORMEXT_EMULATOR": "ON",
+        "NORMEXT_TORCH": Path(torch.__file__).parent,
+        "NORMEXT_PYBIND11": pybind11.get_include(),
+        "Python_EXECUTABLE": sys.executable,
+    }
+    arguments = [f"-D{name}={value}" for name, value in options.items()]
+    subprocess.run(["cmake", "-G", "Ninja", "-S", COPY, "-B", BUILD, *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+def compile_for(backends):
+    """Builds the libraries the back ends load. Returns what the compiler said if it refused."""
+    targets = ["_C_emulated"] * ("emulated" in backends) + ["_C"]
+    run = subprocess.run(["cmake", "--build", BUILD, "--target", *targets], capture_output=True, text=True)
+    if run.returncode:
+        return run.stdout[-3000:]
+    for library in BUILD.glob("_C*.so"):
+        shutil.copy(library, COPY / "normext" / library.name)
+    return None
+
+
+def test(backends, tests):
+    """(whether the tests passed, the first failure)"""
+    environment = {**os.environ, "PYTHONPATH": str(COPY)}
+    command = [*PYTEST, "--backend", backends, *tests]
+    run = subprocess.run(command, cwd=COPY, env=environment, capture_output=True, text=True)
+    failed = re.search(r"^FAILED \S+::(\S+)", run.stdout, re.MULTILINE)
+    if run.returncode not in (0, 1) or (run.returncode == 1 and not failed):
+        raise SystemExit(f"the tests did not run:\n{run.stdout[-3000:]}{run.stderr[-2000:]}")
+    return run.returncode == 0, failed.group(1) if failed else ""
+
+
+def plant(mutant):
+    """Changes the file. Returns its original text."""
+    path = COPY / mutant.file
+    original = path.read_text()
+    assert original.count(mutant.find) >= 1, f"{mutant.name}: {mutant.file} no longer contains\n{mutant.find}"
+    path.write_text(original.replace(mutant.find, mutant.replace))
+    return original
+
+
+def main(words):
+    chosen = [m for m in MUTANTS if not words or any(word in m.name for word in words)]
+    sync()
+    configure()
+    refused = compile_for("emulated,avx2")
+    assert refused is None, refused
+    outcomes = []
+    for mutant in chosen:
+        begin = time.monotonic()
+        native = mutant.file.startswith("csrc/")
+        original = plant(mutant)
+        try:
+            refused = compile_for(mutant.backends) if native else None
+            if refused is not None:
+                raise SystemExit(f"{mutant.name} does not compile:\n{refused}")
+            passed, failure = test(mutant.backends, mutant.tests)
+        finally:
+            (COPY / mutant.file).write_text(original)
+        outcomes.append((mutant, passed))
+        verdict = "SURVIVED" if passed else "killed"
+        print(f"{verdict:<9} {time.monotonic() - begin:5.0f} s  {mutant.name:<52} {failure}", flush=True)
+    survivors = [mutant.name for mutant, passed in outcomes if passed]
+    print(f"{len(outcomes) - len(survivors)} of {len(outcomes)} mutants killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,325 @@
+"""The bugs that mutants.py plants: those of RELIABILITY.md §5.5 that a row norm can have on the CPU or the emulator, and some
+that the rules of DESIGN.md invite. Not here, because they need a GPU: a removed device guard, the default stream.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    find: str
+    replace: str
+    backends: str  # for --backend
+    tests: tuple
+
+
+ACCURACY = ("tests/test_accuracy.py",)
+EXACT = ("tests/test_exact.py",)
+INVARIANCE = ("tests/test_invariance.py",)
+LAYOUTS = ("tests/test_layouts.py", "tests/test_invariance.py")
+TREE = ("tests/test_tree.py",)
+OPS = ("tests/test_ops.py",)
+
+FORWARD = "csrc/cuda/row_forward.cuh"
+BACKWARD = "csrc/cuda/row_backward.cuh"
+CPU_FORWARD = "csrc/cpu/row_forward.inl"
+
+MUTANTS = (
+    # ---- statistics
+    Mutant(
+        "one-pass variance",
+        FORWARD,
+        "const A mean = lanes_sum(pairwise(sums), lanes) / divisor;",
+        "const A mean = A(0);",
+        "emulated",
+        (*ACCURACY, "-k", "mean"),
+    ),
+    Mutant("mean not corrected", "csrc/norms/stats.h", "const A c = sum_d / n;", "const A c = sum_d * A{};", "avx2", ACCURACY),
+    Mutant("low part of the mean dropped", FORWARD, "= stats.lo;", "= A(0);", "emulated", (*ACCURACY, "-k", "mean")),
+    Mutant("eps dropped", "csrc/norms/rms_norm.h", "sum_x2 / n + eps", "sum_x2 / n + A{} * eps", "avx2", ACCURACY),
+    Mutant("eps outside the root", "csrc/norms/stats.h", "m2 / n + eps", "m2 / n + eps * eps", "avx2", ACCURACY),
+    Mutant("unbiased variance", "csrc/norms/stats.h", "m2 / n + eps", "m2 / (n - A{} - 1.0f) + eps", "emulated", ACCURACY),
+    Mutant("reciprocal instead of division", FORWARD, "lanes) / divisor;", "lanes) * (A(1) / divisor);", "emulated", EXACT),
+    Mutant(
+        "absent columns counted in the variance",
+        FORWARD,
+        "columns.owns(s) ? x.slot[s][i] - mean : A(0);",
+        "columns.owns(s) ? x.slot[s][i] - mean : A(0) - mean;",
+        "emulated",
+        ACCURACY,
+    ),
+    Mutant(
+        "a short last segment counted as full",
+        "csrc/core/row_tree.h",
+        "left < segment_cols() ? left : segment_cols()",
+        "segment_cols()",
+        "emulated",
+        ACCURACY,
+    ),
+    Mutant(
+        "statistics of the unrounded sum",
+        CPU_FORWARD,
+        "x = keep<T>(sum.unpack(), extent);",
+        "x = keep<T>({fma(r.a, scale, x.a), fma(r.b, scale, x.b)}, extent);",
+        "avx2",
+        EXACT,
+    ),
+    # ---- races and mappings
+    Mutant(
+        "barrier between the reductions removed",
+        FORWARD,
+        "own.put(table, tree.segments, segment);\n      block_barrier();",
+        "own.put(table, tree.segments, segment);",
+        "emulated",
+        (*TREE, *ACCURACY),
+    ),
+    Mutant("cluster barrier removed", FORWARD, "      cluster_barrier();", "", "emulated", (*TREE, *INVARIANCE)),
+    Mutant(
+        "barrier of the backward's exchange removed",
+        BACKWARD,
+        "put_sums(table, segments, segment, sums);\n    block_barrier();",
+        "put_sums(table, segments, segment, sums);",
+        "emulated",
+        (*TREE, *ACCURACY),
+    ),
+    Mutant("exchange tables not alternated", BACKWARD, "parity ^= 1;", "", "emulated", (*TREE, *ACCURACY)),
+    Mutant(
+        "barrier of the shared-memory tier removed", "csrc/cuda/row_wide.cuh", "if (shared) block_barrier();", "", "emulated", TREE
+    ),
+    Mutant(
+        "tree depends on the number of rows",
+        "csrc/cuda/row_forward_launch.cuh",
+        "row_tree(Direction::kForward, args.cols, element_size);",
+        "row_tree(args.rows < 256 ? Direction::kForward : Direction::kBackward, args.cols, element_size);",
+        "emulated",
+        INVARIANCE,
+    ),
+    Mutant(
+        "rows from 65536 blocks on unwritten",
+        "csrc/cuda/row_forward_launch.cuh",
+        "shape.blocks = ceil_div(params.args.rows, m.rows_at_once) * m.blocks_per_row;",
+        "shape.blocks = std::min<std::int64_t>(65535, ceil_div(params.args.rows, m.rows_at_once) * m.blocks_per_row);",
+        "emulated",
+        TREE,
+    ),
+    Mutant(
+        "runs depend on the thread count",
+        "csrc/cpu/isa.cpp",
+        "BackwardPlan plan = backward_tree(args);\n  plan.sums",
+        "BackwardPlan plan = backward_tree(args);\n  if (parallel.threads > 1 && plan.runs > 1) plan.runs -= 1;\n  plan.sums",
+        "avx2",
+        INVARIANCE,
+    ),
+    # ---- memory
+    Mutant(
+        "row offset in 32 bits",
+        "csrc/core/views.h",
+        "if (dims == 1) return row * stride[0];",
+        "if (dims == 1) return static_cast<std::int32_t>(row * stride[0]);",
+        "avx2",
+        LAYOUTS,
+    ),
+    Mutant(
+        "alignment assumed",
+        "csrc/cuda/row_launch.cuh",
+        "return reinterpret_cast<std::uintptr_t>(p) % bytes == 0;",
+        "return p != nullptr || bytes > 0;",
+        "emulated",
+        INVARIANCE,
+    ),
+    Mutant(
+        "last dimension assumed contiguous",
+        "csrc/ops/row_check.cpp",
+        "if (tensor.strides()[d] != expected) return false;",
+        "",
+        "avx2",
+        LAYOUTS,
+    ),
+    Mutant(
+        "layout of grad_output ignored",
+        "csrc/ops/row_norm.cpp",
+        "args.grad_output_layout = grad_rows.layout;",
+        "args.grad_output_layout = input_rows.layout;",
+        "avx2",
+        LAYOUTS,
+    ),
+    Mutant(
+        "residual_out not written",
+        FORWARD,
+        "x.store(static_cast<T*>(args.residual_out) + args.residual_out_layout.offset(row), columns, params.output_aligned);",
+        "",
+        "emulated",
+        EXACT,
+    ),
+    Mutant(
+        "grad_output overwritten",
+        "csrc/ops/row_norm.cpp",
+        "(request.needs & 1) != 0 ? result.grad_input.mutable_data() : nullptr;",
+        "(request.needs & 1) != 0 ? const_cast<void*>(grad_rows.data) : nullptr;",
+        "avx2",
+        OPS,
+    ),
+    Mutant(
+        "last vector of a row unwritten",
+        "csrc/cuda/tile.cuh",
+        "if (columns.owns(s)) slot[s].template store<kAligned>(p + columns.offset(s));",
+        "if (columns.owns(s) && columns.left != V) slot[s].template store<kAligned>(p + columns.offset(s));",
+        "emulated",
+        ACCURACY,
+    ),
+    Mutant(
+        "shape of stats not checked",
+        "csrc/ops/row_check.cpp",
+        "if (!stats.has_shape({planes, geometry.rows}) || !stats.is_contiguous()) {",
+        "if (!stats.is_contiguous()) {",
+        "avx2",
+        OPS,
+    ),
+    Mutant(
+        "overlap of in-place targets not checked",
+        "csrc/ops/row_check.cpp",
+        "if (overlap) {",
+        "if (overlap && written[0] == nullptr) {",
+        "avx2",
+        ("tests/test_errors.py",),
+    ),
+    # ---- gradients
+    Mutant(
+        "partial gradients rounded to the parameter type",
+        "csrc/cuda/param_grad.cuh",
+        "sum.push(exists && p < params.runs ? partial[p * params.cols + column] : A(0));",
+        "sum.push(exists && p < params.runs ? A(to_accumulate(from_accumulate<P>(partial[p * params.cols + column]))) : A(0));",
+        "emulated",
+        ACCURACY,
+    ),
+    Mutant(
+        "last partial gradient skipped",
+        "csrc/cuda/param_grad.cuh",
+        "p < params.runs ?",
+        "p + 1 < params.runs ?",
+        "emulated",
+        ACCURACY,
+    ),
+    Mutant(
+        "last run skipped",
+        "csrc/cpu/row_backward.inl",
+        "{pairwise(a, plan.runs), pairwise(b, plan.runs)}",
+        "{pairwise(a, plan.runs > 1 ? plan.runs - 1 : 1), pairwise(b, plan.runs > 1 ? plan.runs - 1 : 1)}",
+        "avx2",
+        ACCURACY,
+    ),
+    Mutant(
+        "long accumulation chains, CPU", "csrc/cpu/row_kernels.h", "kTermsPerSum = 16;", "kTermsPerSum = 512;", "avx2", ACCURACY
+    ),
+    Mutant("long accumulation chains, CUDA", "csrc/cuda/tuning.h", "kGroupRows = 16;", "kGroupRows = 256;", "emulated", ACCURACY),
+    Mutant(
+        "gradient of the sum dropped",
+        BACKWARD,
+        "mean.g, mean.gx) + residual.slot[s][i];",
+        "mean.g, mean.gx);",
+        "emulated",
+        ACCURACY,
+    ),
+    Mutant(
+        "mean of the gradient dropped",
+        "csrc/norms/layer_norm.h",
+        "g - mean_g",
+        "g - mean_g * 0",
+        "emulated",
+        ACCURACY,
+    ),
+    Mutant(
+        "offset added without a weight",
+        "csrc/cuda/row_forward_launch.cuh",
+        "static_cast<A>(args.weight != nullptr ? args.weight_offset : 0.0);",
+        "static_cast<A>(args.weight_offset);",
+        "emulated",
+        EXACT,
+    ),
+    # ---- rounding
+    Mutant("llama rounding dropped", FORWARD, "params.args.rounding == Rounding::kLlama", "false", "emulated", EXACT),
+    Mutant("llama rounding of dweight dropped", BACKWARD, "args.rounding == Rounding::kLlama", "false", "emulated", EXACT),
+    Mutant(
+        "weight offset added in the parameter type",
+        FORWARD,
+        "params.weight_offset + weight[i], A(0))",
+        "A(to_accumulate(from_accumulate<P>(params.weight_offset + weight[i]))), A(0))",
+        "emulated",
+        EXACT,
+    ),
+    Mutant(
+        "alpha times residual rounded",
+        FORWARD,
+        "fma(params.alpha, r.slot[s][i], x.slot[s][i])",
+        "params.alpha * r.slot[s][i] + x.slot[s][i]",
+        "emulated",
+        ACCURACY,
+    ),
+    Mutant(
+        "ties away from even",
+        "csrc/core/math.h",
+        "(bits + 0x7fffu + (bits >> 16 & 1u)) >> 16",
+        "(bits + 0x8000u) >> 16",
+        "emulated",
+        LAYOUTS,
+    ),
+    Mutant(
+        "NaN becomes a number",
+        "csrc/core/math.h",
+        "> 0x7f800000u) return {0x7fc0u};",
+        "> 0xff800000u) return {0x7fc0u};",
+        "emulated",
+        LAYOUTS,
+    ),
+    # ---- Python
+    Mutant(
+        "fake ignores channels-last",
+        "normext/rms_norm.py",
+        "_library.channels_last_like(input, dtype), input.new_empty(0)",
+        "_library.contiguous_like(input, dtype), input.new_empty(0)",
+        "avx512",
+        LAYOUTS,
+    ),
+    Mutant(
+        "version counters not bumped",
+        "normext/rms_norm.py",
+        "torch.autograd.graph.increment_version((input, residual))",
+        "pass",
+        "avx512",
+        ("tests/test_autograd.py",),
+    ),
+    Mutant(
+        "alpha missing in the residual's gradient",
+        "normext/layer_norm.py",
+        "grad if alpha == 1.0 else grad * alpha",
+        "grad",
+        "avx512",
+        ACCURACY,
+    ),
+    Mutant(
+        "create_graph takes another path",
+        "normext/_library.py",
+        "        return from_kernel(*tensors)\n",
+        "        return from_reference(*tensors)\n",
+        "avx512",
+        ("tests/test_autograd.py",),
+    ),
+    Mutant(
+        "autocast of rms_norm forgotten",
+        "normext/rms_norm.py",
+        "_library.AUTOCASTS_RMS_NORM",
+        "False",
+        "avx512",
+        ("tests/test_compile.py",),
+    ),
+    Mutant(
+        "eps of the input type",
+        "normext/rms_norm.py",
+        "_EPS = {dtype: torch.finfo(torch.float32).eps",
+        "_EPS = {dtype: torch.finfo(dtype).eps",
+        "avx512",
+        EXACT,
+    ),
+)
