@@ -31,13 +31,12 @@ NVCC_OLDEST = (12, 8)  # the first that knows sm_100, sm_120 and --compress-mode
 GIB_PER_JOB = 3  # what one compiler may need
 
 NO_TORCH = """\
-normext compiles against the torch you have installed, and found none. Run `pip install torch` first, then install normext again. \
-If torch is installed: uv, build and poetry hide it from the build, so use their --no-build-isolation (build: --no-isolation), or set \
-NORMEXT_TORCH=<site-packages>/torch."""
+no torch found to compile against: run `pip install torch` first. If it is installed, the build cannot see it, as under uv, build \
+and poetry: use --no-build-isolation (build: --no-isolation), or set NORMEXT_TORCH=<site-packages>/torch."""
 
 
 def stop(sentence):
-    sys.exit(f"\nnormext: {sentence}" if not sentence.startswith("normext") else f"\n{sentence}")
+    sys.exit(f"\nnormext: {sentence}")
 
 
 # ---- torch ------------------------------------------------------------------------------------------------------------------
@@ -76,7 +75,7 @@ def find_torch():
     folders = [Path(named)] if named else torch_folders()
     torch = next((folder for folder in folders if (folder / "version.py").is_file()), None)
     if torch is None:
-        stop(f"NORMEXT_TORCH={named} is not the folder of an installed torch package." if named else NO_TORCH)
+        stop(f"NORMEXT_TORCH={named} is not the folder of a torch package." if named else NO_TORCH)
     version = torch_version(torch)
     if tuple(map(int, version.split(".")[:2])) < TORCH_OLDEST:
         stop(f"torch {version} in {torch} is too old: normext needs torch {TORCH_OLDEST[0]}.{TORCH_OLDEST[1]} or newer.")
@@ -153,38 +152,46 @@ def tool(name):
 
 
 def check_compiler():
-    compiler = os.environ.get("CXX") or "c++"
-    if not any(shutil.which(shlex.split(name)[0]) for name in (compiler, "g++", "clang++")):
-        stop("there is no C++ compiler: install one (Debian and Ubuntu: `apt install g++`), or name it in CXX.")
+    named = os.environ.get("CXX")
+    if not any(map(shutil.which, [shlex.split(named)[0]] if named else ["c++", "g++", "clang++"])):
+        stop(f"no C++ compiler{f' {named}' if named else ''}: install g++ (Debian and Ubuntu: `apt install g++`), or set CXX.")
 
 
 # What a failed build printed, and the sentence that says what to do about it.
 DIAGNOSES = [
     (
         r"Killed signal|fatal error: Killed|died due to signal 9|signal terminated program|out of memory|virtual memory exhausted",
-        "the compiler was killed or ran out of memory: set MAX_JOBS=1 and, for CUDA, fewer NORMEXT_CUDA_ARCHS.",
+        "the compiler ran out of memory or was killed: set MAX_JOBS=1 and, for CUDA, fewer NORMEXT_CUDA_ARCHS.",
     ),
     (
         r"unsupported GNU version|unsupported clang version",
-        "nvcc refuses this host compiler: name an older one, for example NVCC_CCBIN=g++-13, or set NORMEXT_CUDA=0.",
+        "nvcc refuses this C++ compiler: name an older one, for example CUDAHOSTCXX=g++-13, or set NORMEXT_CUDA=0.",
     ),
-    (r"Could NOT find Python", "the headers of this Python are missing: install them (Debian and Ubuntu: `apt install python3-dev`)."),
+    (
+        r"Could NOT find Python",
+        "the headers of this Python are missing: install them (Debian and Ubuntu: `apt install python3-dev`).",
+    ),
     (r"No space left on device", "the disk is full."),
 ]
 
 
+def diagnose(output, tool):
+    known = (sentence for pattern, sentence in DIAGNOSES if re.search(pattern, output))
+    return next(known, f"{tool} failed; its messages stand above (pip shows all of them with -v).")
+
+
 def run(command):
     """Runs a command, shows its output as it comes, and ends with one sentence if it fails."""
-    print(shlex.join(map(str, command)), flush=True)
+    print(shlex.join(command), flush=True)
     output = []
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             output.append(line)
     if process.returncode:
-        text = "".join(output)
-        known = (sentence for pattern, sentence in DIAGNOSES if re.search(pattern, text))
-        stop(next(known, f"`{command[0]}` failed; the compiler's messages stand above (pip shows them with -v)."))
+        stop(diagnose("".join(output), "the build"))
 
 
 class BuildNative(build_ext):
@@ -207,15 +214,19 @@ class BuildNative(build_ext):
         run(configure)
         run([cmake, "--build", str(folder), "--parallel", str(count)])
         prefix = ROOT if self.inplace else Path(self.build_lib).resolve()
+        if not self.inplace:  # what an earlier build with other options left behind must not get into a wheel
+            for old in prefix.glob("normext/_C*.so"):
+                old.unlink()
         run([cmake, "--install", str(folder), "--prefix", str(prefix), "--component", "python"])
 
 
 class CheckedDistInfo(dist_info):
-    """Looks for torch before pip resolves the dependencies: otherwise pip would download gigabytes, and then the build would fail."""
+    """Looks for torch before pip resolves dependencies: otherwise it would download gigabytes before the build could complain."""
 
     def run(self):
         find_torch()
         super().run()
 
 
-setup(ext_modules=[Extension("normext._C", sources=[])], cmdclass={"build_ext": BuildNative, "dist_info": CheckedDistInfo})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("normext._C", sources=[])], cmdclass={"build_ext": BuildNative, "dist_info": CheckedDistInfo})

@@ -64,7 +64,8 @@ def read_logs(build):
 def check_spills(entries, names):
     for (name, arch), entry in entries.items():
         if any(int(entry[what]) for what in ("stack", "stores", "loads")):
-            yield f"sm_{arch} {names[name]}: {entry['stack']} bytes of stack, {entry['stores']} stored and {entry['loads']} loaded by spills"
+            amounts = f"{entry['stack']} bytes of stack, spills of {entry['stores']} bytes stored and {entry['loads']} loaded"
+            yield f"sm_{arch} {names[name]}: {amounts}"
 
 
 # ---- Table ------------------------------------------------------------------------------------------------------------------
