@@ -32,10 +32,15 @@ NORMEXT_INLINE V fma(V a, V b, V c) {
   return Math<V>::fma(a, b, c);
 }
 
-// 1/sqrt with two correctly rounded operations, so that every back end agrees to within one ulp.
+// 1/sqrt(x) to about half an ulp: two correctly rounded operations, then a Newton step whose residual h = 1 - x*r*r is formed
+// without cancellation [RMSNorm dx on a million rows of 4 to 16 columns: 4.5 of the contract's 4 without the step, 3.6 with it].
 template <class V>
 NORMEXT_INLINE V reciprocal_sqrt(V x) {
-  return 1.0f / Math<V>::sqrt(x);
+  const V r = 1.0f / Math<V>::sqrt(x);
+  const V t = x * r;
+  const V h = fma<V>(-t, r, V{} + 1.0f) - fma<V>(x, r, -t) * r;
+  // x of zero or infinity leaves nothing to refine.
+  return h - h == V{} ? fma<V>(0.5f * r, h, r) : r;
 }
 
 NORMEXT_INLINE float bits_to_float(std::uint32_t bits) {
