@@ -121,6 +121,8 @@ def accepts(input: Tensor, normalized_shape: Sequence[int], *parameters: Tensor 
 def normalized_ndim(input: Tensor, normalized_shape: Sequence[int]) -> int:
     """What the ops take in place of normalized_shape, where no weight of that shape tells it."""
     shape = tuple(normalized_shape)
+    if any(isinstance(size, float) for size in shape):
+        raise TypeError(f"expected a tuple of ints, got {shape}")
     if not shape or input.shape[-len(shape) :] != shape:
         raise RuntimeError(f"expected input of shape [*, {str(list(shape))[1:-1]}], got {list(input.shape)}")
     return len(shape)
@@ -300,6 +302,15 @@ def check_fake(
             raise RuntimeError(f"{op}: expected all tensors on {input.device} like input, got {tensor.device}")
     if not accepts_dtypes(input, *parameters):
         raise RuntimeError(f"{op}: expected parameters of input's dtype {input.dtype}, or float32 with 16-bit input")
+
+
+def check_fake_stats(op: str, stats: Tensor, expected: Tensor) -> None:
+    """`expected` is stats_like() of the input."""
+    if stats.shape != expected.shape or stats.dtype != expected.dtype or stats.device != expected.device:
+        raise RuntimeError(
+            f"{op}: expected stats of shape {list(expected.shape)}, {expected.dtype} on {expected.device}, "
+            f"got {list(stats.shape)}, {stats.dtype} on {stats.device}"
+        )
 
 
 def contiguous_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -54,6 +54,7 @@ def _fake_backward(
     needs: int,
 ) -> tuple[Tensor, ...]:
     _library.check_fake("layer_norm_backward", input, normalized_ndim, (weight, bias), (grad_output, grad_residual_out))
+    _library.check_fake_stats("layer_norm_backward", stats, _library.stats_like(input, normalized_ndim, 3))
     return _library.fake_gradients(needs, input, weight, bias)
 
 
@@ -164,7 +165,8 @@ def layer_norm(
     try:
         if input.is_cuda and _library.autocast_active(input):
             input, weight, bias = _library.autocast(input, weight, bias)
-        known = weight is not None and weight.shape == normalized_shape
+        # (3.0,) equals (3,), and torch refuses it.
+        known = weight is not None and weight.shape == normalized_shape and type(normalized_shape[-1]) is int
         if is_grad_enabled() and (
             input.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
         ):

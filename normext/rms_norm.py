@@ -64,6 +64,7 @@ def _fake_backward(
     needs: int,
 ) -> tuple[Tensor, ...]:
     _library.check_fake("rms_norm_backward", input, normalized_ndim, (weight,), (grad_output, grad_residual_out))
+    _library.check_fake_stats("rms_norm_backward", stats, _library.stats_like(input, normalized_ndim, 1))
     return _library.fake_gradients(needs, input, weight)
 
 
@@ -199,7 +200,8 @@ def rms_norm(
         if input.is_cuda and _library.autocast_active(input) and _library.AUTOCASTS_RMS_NORM:
             input, weight = _library.autocast(input, weight)
         epsilon = _EPS[input.dtype] if eps is None else eps
-        known = weight is not None and weight.shape == normalized_shape
+        # (3.0,) equals (3,), and torch refuses it.
+        known = weight is not None and weight.shape == normalized_shape and type(normalized_shape[-1]) is int
         if is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad)):
             ndim = len(normalized_shape) if known else _library.normalized_ndim(input, normalized_shape)
             result = _apply(input, None, weight, ndim, epsilon, weight_offset, _library.ROUNDINGS[rounding])
