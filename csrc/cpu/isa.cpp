@@ -86,9 +86,7 @@ Parallel threads_for(const Parallel& parallel, std::int64_t bytes) {
   return parallel.run == nullptr || bytes < kSerialBytes ? Parallel{} : parallel;
 }
 
-std::int64_t run_count(std::int64_t rows) {
-  return rows >= 8192 ? kMaxRuns : std::clamp<std::int64_t>(rows / 32, 1, 64);
-}
+std::int64_t run_count(std::int64_t rows) { return rows >= 8192 ? kMaxRuns : std::clamp<std::int64_t>(rows / 32, 1, 64); }
 
 // All that decides the order of sums over rows.
 BackwardPlan backward_tree(const RowBackwardArgs& args) {
@@ -133,11 +131,12 @@ void row_forward(RowNorm norm, const RowForwardArgs& args, const Parallel& paral
   if (args.rows == 0) return;
   if (args.cols == 0) {
     const std::int64_t saved = norm == RowNorm::kLayerNorm ? 3 : 1;
-    if (args.stats != nullptr) std::memset(args.stats, 0, static_cast<std::size_t>(saved * args.rows) * accumulate_size_of(args.dtype));
+    if (args.stats != nullptr)
+      std::memset(args.stats, 0, static_cast<std::size_t>(saved * args.rows) * accumulate_size_of(args.dtype));
     return;
   }
-  const std::int64_t row_bytes = args.cols * static_cast<std::int64_t>((args.residual == nullptr ? 1 : 3) * size_of(args.dtype) +
-                                                                       size_of(args.output_dtype));
+  const std::int64_t row_bytes =
+      args.cols * static_cast<std::int64_t>((args.residual == nullptr ? 1 : 3) * size_of(args.dtype) + size_of(args.output_dtype));
   ForwardPlan plan;
   plan.parallel = threads_for(parallel, args.rows * row_bytes);
   const std::int64_t segments = segments_of(args.cols);

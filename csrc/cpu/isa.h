@@ -14,7 +14,8 @@ namespace normext::cpu {
 // The caller's thread pool. run() executes body(ctx, begin, end) over contiguous ranges covering [0, tasks); bodies never throw.
 struct Parallel {
   int threads = 1;
-  void (*run)(std::int64_t tasks, void (*body)(void* ctx, std::int64_t begin, std::int64_t end), void* ctx) = nullptr;  // null: serial
+  void (*run)(std::int64_t tasks, void (*body)(void* ctx, std::int64_t begin, std::int64_t end),
+              void* ctx) = nullptr;  // null: serial
 };
 
 // Results do not depend on the number of threads.
@@ -22,7 +23,7 @@ void row_forward(RowNorm norm, const RowForwardArgs& args, const Parallel& paral
 std::size_t row_backward_workspace(RowNorm norm, const RowBackwardArgs& args);  // bytes; any alignment will do
 void row_backward(RowNorm norm, const RowBackwardArgs& args, void* workspace, const Parallel& parallel);
 
-const char* isa_name();                   // the one in use: NORMEXT_CPU_ISA, or the best the machine has
+const char* isa_name();                     // the one in use: NORMEXT_CPU_ISA, or the best the machine has
 std::vector<std::string> available_isas();  // slowest first: {"scalar", "avx2", "avx512"}
 
 // For memory that was just allocated and not yet written: asks for huge pages where whole ones fit, from 4 MB on.

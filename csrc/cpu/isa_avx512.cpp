@@ -1,4 +1,5 @@
-// AVX-512 as every such server and desktop part since Skylake-SP has it. Flags: -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c
+// AVX-512 as every such server and desktop part since Skylake-SP has it. Flags: -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma
+// -mf16c
 #if defined(__x86_64__)
 
 #define NORMEXT_ISA avx512

@@ -1,9 +1,9 @@
 // LayerNorm and RMSNorm backward for one instruction set.
 //
-// A block of a few rows is read once from memory: the row sums (of g and of g*xhat), then, from cache, grad_input and the block's share
-// of the parameter gradients, which is summed in registers over the rows of the block and added to the accumulators of the run.
-// Sums over rows follow BackwardPlan. Threads take whole runs; with few rows they take columns of all rows instead, a chunk of rows
-// that fits L2 at a time. Both give the same bits, because every column of a run goes through the same additions.
+// A block of a few rows is read once from memory: the row sums (of g and of g*xhat), then, from cache, grad_input and the block's
+// share of the parameter gradients, which is summed in registers over the rows of the block and added to the accumulators of the
+// run. Sums over rows follow BackwardPlan. Threads take whole runs; with few rows they take columns of all rows instead, a chunk of
+// rows that fits L2 at a time. Both give the same bits, because every column of a run goes through the same additions.
 
 #pragma once
 
@@ -150,10 +150,10 @@ struct RowGradient {
 
   NORMEXT_INLINE static void accumulate(A* sums, Pair<A> x, bool add) {
     if (add) {
-      const Pair<A> old = load_bytes<Pair<A>>(sums);
+      const Pair<A> old = Packed<A>::read(sums).unpack();
       x = {old.a + x.a, old.b + x.b};
     }
-    store_bytes(sums, x);
+    Packed<A>::pack(x).write(sums);
   }
 
   // Adds the sums of one level to another, both kinds of parameter gradients, columns [begin, end).
@@ -161,7 +161,7 @@ struct RowGradient {
     for (int kind = 0; kind < kSums; ++kind) {
       for (std::int64_t c = begin; c < end; c += kUnit<A>) {
         const std::int64_t at = kind * plan.padded_cols + c;
-        accumulate(to + at, load_bytes<Pair<A>>(from + at), add);
+        accumulate(to + at, Packed<A>::read(from + at).unpack(), add);
       }
     }
   }
@@ -260,20 +260,21 @@ struct RowGradient {
     if (gradient == nullptr) return;
     const cpu::Parallel serial;
     const bool small = plan.runs * args.cols < kFinishSerial;
-    for_ranges(small ? serial : plan.parallel, (args.cols + kColumnTask - 1) / kColumnTask, [&](std::int64_t first, std::int64_t last) {
-      const std::int64_t end = smaller(last * kColumnTask, args.cols);
-      for (std::int64_t column = first * kColumnTask; column < end; column += kUnit<A>) {
-        V a[cpu::kMaxRuns], b[cpu::kMaxRuns];
-        for (std::int64_t run = 0; run < plan.runs; ++run) {
-          const Pair<A> of_run = load_bytes<Pair<A>>(sums_of_run(run) + kind * plan.padded_cols + column);
-          a[run] = of_run.a;
-          b[run] = of_run.b;
-        }
-        const Pair<A> total = {pairwise(a, plan.runs), pairwise(b, plan.runs)};
-        if (end - column >= kUnit<A>) store<T>(gradient + column, total, Whole{});
-        else store<T>(gradient + column, total, Partial{static_cast<int>(end - column)});
-      }
-    });
+    for_ranges(small ? serial : plan.parallel, (args.cols + kColumnTask - 1) / kColumnTask,
+               [&](std::int64_t first, std::int64_t last) {
+                 const std::int64_t end = smaller(last * kColumnTask, args.cols);
+                 for (std::int64_t column = first * kColumnTask; column < end; column += kUnit<A>) {
+                   V a[cpu::kMaxRuns], b[cpu::kMaxRuns];
+                   for (std::int64_t run = 0; run < plan.runs; ++run) {
+                     const Pair<A> of_run = Packed<A>::read(sums_of_run(run) + kind * plan.padded_cols + column).unpack();
+                     a[run] = of_run.a;
+                     b[run] = of_run.b;
+                   }
+                   const Pair<A> total = {pairwise(a, plan.runs), pairwise(b, plan.runs)};
+                   if (end - column >= kUnit<A>) store<T>(gradient + column, total, Whole{});
+                   else store<T>(gradient + column, total, Partial{static_cast<int>(end - column)});
+                 }
+               });
   }
 };
 

@@ -8,11 +8,11 @@
 
 namespace normext::cpu {
 
-constexpr std::int64_t kSegment = 4096;      // columns; moments and sums of a row are taken per segment
-constexpr std::int64_t kMaxSegments = 64;    // of a row that one thread handles alone
-constexpr std::int64_t kTermsPerSum = 16;    // that any accumulator takes in sequence
-constexpr std::int64_t kMaxRuns = 128;       // of rows, for parameter gradients
-constexpr std::int64_t kMaxUnit = 64;        // columns to which the widest instruction set pads a row of sums
+constexpr std::int64_t kSegment = 4096;    // columns; moments and sums of a row are taken per segment
+constexpr std::int64_t kMaxSegments = 64;  // of a row that one thread handles alone
+constexpr std::int64_t kTermsPerSum = 16;  // that any accumulator takes in sequence
+constexpr std::int64_t kMaxRuns = 128;     // of rows, for parameter gradients
+constexpr std::int64_t kMaxUnit = 64;      // columns to which the widest instruction set pads a row of sums
 
 // Null scratch: a row belongs to one thread. Otherwise segments are shared out, `group` rows at a time.
 struct ForwardPlan {
@@ -23,12 +23,12 @@ struct ForwardPlan {
 constexpr std::int64_t kScratchPerSegment = 4;
 constexpr std::int64_t kScratchPerRow = 3;
 
-// Parameter gradients are summed over `runs` runs of consecutive rows; in a run over blocks of `block` rows, whose sums pass through
-// `levels` accumulators of kTermsPerSum terms each. All of this depends on the shape only.
+// Parameter gradients are summed over `runs` runs of consecutive rows; in a run over blocks of `block` rows, whose sums pass
+// through `levels` accumulators of kTermsPerSum terms each. All of this depends on the shape only.
 struct BackwardPlan {
   Parallel parallel;
-  bool by_columns = false;      // threads share columns, `chunk` rows at a time; otherwise whole runs (or rows, without runs)
-  std::int64_t runs = 0;        // 0: no parameter gradient is wanted
+  bool by_columns = false;  // threads share columns, `chunk` rows at a time; otherwise whole runs (or rows, without runs)
+  std::int64_t runs = 0;    // 0: no parameter gradient is wanted
   std::int64_t block = 1;
   std::int64_t levels = 1;
   std::int64_t padded_cols = 0;

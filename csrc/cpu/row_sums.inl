@@ -1,7 +1,7 @@
 // The reduction tree of a row on the CPU, written once: sums over a segment, pairwise sums, merging of segments.
 //
-// A segment is at most kSegment columns. Its sums are taken in kSteps * 2 vector accumulators, each over at most 16 terms; blocks of
-// that size are added pairwise, then lanes by halves. Segments are added pairwise in index order.
+// A segment is at most kSegment columns. Its sums are taken in kSteps * 2 vector accumulators, each over at most 16 terms; blocks
+// of that size are added pairwise, then lanes by halves. Segments are added pairwise in index order.
 
 #pragma once
 
@@ -55,6 +55,18 @@ NORMEXT_INLINE void sum_columns(std::int64_t cols, Add add, A (&out)[kSums]) {
   Vector<A> partial[kSums][kSegment / block + 2];
   std::int64_t partials = 0;
   std::int64_t column = 0;
+  const auto rest_sums = [&]() __attribute__((always_inline)) {
+    Sums<A, kSums> rest = {};
+    for (; cols - column >= unit; column += unit) add(column, Whole{}, rest);
+    if (column < cols) add(column, Partial{static_cast<int>(cols - column)}, rest);
+    return rest;
+  };
+  if (cols < steps * unit) {
+    const Sums<A, kSums> rest = rest_sums();
+#pragma GCC unroll 8
+    for (int q = 0; q < kSums; ++q) out[q] = sum_lanes<A>(rest.of[q].a + rest.of[q].b);
+    return;
+  }
   while (cols - column >= steps * unit) {
     Sums<A, kSums> sums[steps] = {};
     const std::int64_t end = column + smaller(block, (cols - column) / (steps * unit) * (steps * unit));
@@ -72,9 +84,7 @@ NORMEXT_INLINE void sum_columns(std::int64_t cols, Add add, A (&out)[kSums]) {
     ++partials;
   }
   if (column < cols) {  // at most `steps` units
-    Sums<A, kSums> rest = {};
-    for (; cols - column >= unit; column += unit) add(column, Whole{}, rest);
-    if (column < cols) add(column, Partial{static_cast<int>(cols - column)}, rest);
+    const Sums<A, kSums> rest = rest_sums();
 #pragma GCC unroll 8
     for (int q = 0; q < kSums; ++q) partial[q][partials] = rest.of[q].a + rest.of[q].b;
     ++partials;

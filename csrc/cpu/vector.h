@@ -1,7 +1,7 @@
 // SIMD vocabulary of one instruction set: vectors of Accumulate<T>, and how storage types become them.
 //
 // Each isa_*.cpp first defines NORMEXT_ISA, NORMEXT_VECTOR_BYTES and NORMEXT_HAS_FMA. Arithmetic is written with GNU vector types;
-// intrinsics appear only for fp16 and for partial accesses, which GNU vectors cannot express.
+// intrinsics appear only for what they cannot express: fused multiply-add, square root, fp16, partial accesses.
 //
 // Memory is moved in units of two vectors. bfloat16 is taken apart into even and odd columns, which costs a shift and a mask for
 // two vectors and no shuffle; whatever is combined with such a row (float32 parameters, output, gradient) is put in the same order.
@@ -15,6 +15,8 @@
 
 #if NORMEXT_VECTOR_BYTES > 16
 #include <immintrin.h>
+#elif NORMEXT_HAS_FMA
+#include <arm_neon.h>
 #endif
 
 namespace normext {
@@ -45,33 +47,47 @@ constexpr int kLanes = NORMEXT_VECTOR_BYTES / sizeof(A);
 template <class A>
 constexpr int kUnit = 2 * kLanes<A>;  // columns of one access
 
-NORMEXT_INLINE float scalar_fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-NORMEXT_INLINE double scalar_fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
-NORMEXT_INLINE float scalar_sqrt(float a) { return __builtin_sqrtf(a); }
-NORMEXT_INLINE double scalar_sqrt(double a) { return __builtin_sqrt(a); }
-
-template <class A>
-struct VectorMath {
-  using V = Vector<A>;
-  NORMEXT_INLINE static V fma(V a, V b, V c) {
-#if NORMEXT_HAS_FMA
-    V r;
-    for (int i = 0; i < kLanes<A>; ++i) r[i] = scalar_fma(a[i], b[i], c[i]);  // one instruction
-    return r;
+// Fused multiply-add and square root of all lanes. As loops over lanes GCC 12 vectorises them in most contexts but not in all, and
+// where it does not a kernel takes four times as long.
+#if NORMEXT_VECTOR_BYTES == 64
+NORMEXT_INLINE __m512 fma_lanes(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+NORMEXT_INLINE __m512d fma_lanes(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
+NORMEXT_INLINE __m512 sqrt_lanes(__m512 a) { return _mm512_maskz_sqrt_ps(0xffff, a); }
+NORMEXT_INLINE __m512d sqrt_lanes(__m512d a) { return _mm512_maskz_sqrt_pd(0xff, a); }
+#elif NORMEXT_VECTOR_BYTES == 32
+NORMEXT_INLINE __m256 fma_lanes(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+NORMEXT_INLINE __m256d fma_lanes(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+NORMEXT_INLINE __m256 sqrt_lanes(__m256 a) { return _mm256_sqrt_ps(a); }
+NORMEXT_INLINE __m256d sqrt_lanes(__m256d a) { return _mm256_sqrt_pd(a); }
+#elif NORMEXT_HAS_FMA
+NORMEXT_INLINE float32x4_t fma_lanes(float32x4_t a, float32x4_t b, float32x4_t c) { return vfmaq_f32(c, a, b); }
+NORMEXT_INLINE float64x2_t fma_lanes(float64x2_t a, float64x2_t b, float64x2_t c) { return vfmaq_f64(c, a, b); }
+NORMEXT_INLINE float32x4_t sqrt_lanes(float32x4_t a) { return vsqrtq_f32(a); }
+NORMEXT_INLINE float64x2_t sqrt_lanes(float64x2_t a) { return vsqrtq_f64(a); }
 #else
-    return a * b + c;
+template <class V>
+NORMEXT_INLINE V fma_lanes(V a, V b, V c) {
+  return a * b + c;
+}
+NORMEXT_INLINE Vector<float> sqrt_lanes(Vector<float> a) {
+  for (int i = 0; i < kLanes<float>; ++i) a[i] = __builtin_sqrtf(a[i]);
+  return a;
+}
+NORMEXT_INLINE Vector<double> sqrt_lanes(Vector<double> a) {
+  for (int i = 0; i < kLanes<double>; ++i) a[i] = __builtin_sqrt(a[i]);
+  return a;
+}
 #endif
-  }
-  NORMEXT_INLINE static V sqrt(V a) {
-    V r;
-    for (int i = 0; i < kLanes<A>; ++i) r[i] = scalar_sqrt(a[i]);  // one instruction
-    return r;
-  }
+
+template <class V>
+struct VectorMath {
+  NORMEXT_INLINE static V fma(V a, V b, V c) { return fma_lanes(a, b, c); }
+  NORMEXT_INLINE static V sqrt(V a) { return sqrt_lanes(a); }
 };
 template <>
-struct Math<Vector<float>> : VectorMath<float> {};
+struct Math<Vector<float>> : VectorMath<Vector<float>> {};
 template <>
-struct Math<Vector<double>> : VectorMath<double> {};
+struct Math<Vector<double>> : VectorMath<Vector<double>> {};
 
 template <class X>
 NORMEXT_INLINE X load_bytes(const void* p) {
@@ -101,14 +117,20 @@ NORMEXT_INLINE A sum_lanes(Vector<A> v) {
   return add_across<kLanes<A> / 2>(v, std::make_integer_sequence<int, kLanes<A>>())[0];
 }
 
-// ---- packed units: what kUnit consecutive columns of T look like in memory
+// ---- packed units: what kUnit consecutive columns of T look like in memory. They are read and written a vector at a time: GCC 12
+// moves larger copies through the stack.
 
 template <class T>
 struct Packed {  // float and double
   static constexpr bool kEvenOdd = false;
-  Pair<T> data;
-  NORMEXT_INLINE static Packed pack(Pair<T> x) { return {x}; }
-  NORMEXT_INLINE Pair<T> unpack() const { return data; }
+  Vector<T> low, high;
+  NORMEXT_INLINE static Packed pack(Pair<T> x) { return {x.a, x.b}; }
+  NORMEXT_INLINE Pair<T> unpack() const { return {low, high}; }
+  NORMEXT_INLINE static Packed read(const T* p) { return {load_bytes<Vector<T>>(p), load_bytes<Vector<T>>(p + kLanes<T>)}; }
+  NORMEXT_INLINE void write(T* p) const {
+    store_bytes(p, low);
+    store_bytes(p + kLanes<T>, high);
+  }
 };
 
 template <>
@@ -125,6 +147,8 @@ struct Packed<BFloat16> {
   NORMEXT_INLINE Pair<float> unpack() const {
     return {reinterpret_cast<Floats>(data << 16), reinterpret_cast<Floats>(data & 0xffff0000u)};
   }
+  NORMEXT_INLINE static Packed read(const BFloat16* p) { return {load_bytes<FloatBits>(p)}; }
+  NORMEXT_INLINE void write(BFloat16* p) const { store_bytes(p, data); }
 };
 
 // fp16 of one vector, in its low half.
@@ -174,6 +198,11 @@ struct Packed<Half> {
   HalfBits low, high;
   NORMEXT_INLINE static Packed pack(Pair<float> x) { return {narrow_half(x.a), narrow_half(x.b)}; }
   NORMEXT_INLINE Pair<float> unpack() const { return {widen_half(low), widen_half(high)}; }
+  NORMEXT_INLINE static Packed read(const Half* p) { return {load_bytes<HalfBits>(p), load_bytes<HalfBits>(p + kLanes<float>)}; }
+  NORMEXT_INLINE void write(Half* p) const {
+    store_bytes(p, low);
+    store_bytes(p + kLanes<float>, high);
+  }
 };
 
 // ---- order of columns in a pair: that of the row's storage type, Like
@@ -261,22 +290,22 @@ NORMEXT_INLINE void store_elements(T* row, const T* buffer, int count) {
 
 template <class T>
 NORMEXT_INLINE Packed<T> load_packed(const T* p, Whole) {
-  return load_bytes<Packed<T>>(p);
+  return Packed<T>::read(p);
 }
 template <class T>
 NORMEXT_INLINE Packed<T> load_packed(const T* p, Partial part) {
   T buffer[kUnit<Accumulate<T>>];
   load_elements(buffer, p, part.count);
-  return load_bytes<Packed<T>>(buffer);
+  return Packed<T>::read(buffer);
 }
 template <class T>
 NORMEXT_INLINE void store_packed(T* p, Packed<T> x, Whole) {
-  store_bytes(p, x);
+  x.write(p);
 }
 template <class T>
 NORMEXT_INLINE void store_packed(T* p, Packed<T> x, Partial part) {
   T buffer[kUnit<Accumulate<T>>];
-  store_bytes(buffer, x);
+  x.write(buffer);
   store_elements(p, buffer, part.count);
 }
 
