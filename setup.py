@@ -229,4 +229,8 @@ class CheckedDistInfo(dist_info):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[Extension("normext._C", sources=[])], cmdclass={"build_ext": BuildNative, "dist_info": CheckedDistInfo})
+    setup(
+        ext_modules=[Extension("normext._C", sources=[])],
+        cmdclass={"build_ext": BuildNative, "dist_info": CheckedDistInfo},
+        install_requires=["torch>={}.{}".format(*TORCH_OLDEST)],
+    )

@@ -62,7 +62,11 @@ def link_packages(target):
     target.mkdir(parents=True, exist_ok=True)
     for entry in Path(torch.__file__).parents[1].iterdir():
         foreign = entry.name.startswith(("normext", "pip", "uv", "__editable__", "_virtualenv")) or entry.suffix == ".pth"
-        if not foreign and not (target / entry.name).exists():
+        if foreign or (target / entry.name).exists():
+            continue
+        if entry.suffix == ".dist-info":  # uv does not see linked ones
+            shutil.copytree(entry, target / entry.name)
+        else:
             (target / entry.name).symlink_to(entry)
 
 
@@ -70,8 +74,11 @@ def make_venv(folder, *options, torch=True):
     """A virtual environment's python."""
     succeeds(sys.executable, "-m", "venv", *options, folder)
     python = folder / "bin" / "python"
+    packages = Path(succeeds(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
+    for bundled in packages.glob("setuptools*"):  # some Pythons bring an old one
+        shutil.rmtree(bundled)
     if torch:
-        link_packages(Path(succeeds(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip()))
+        link_packages(packages)
     return python
 
 
@@ -163,7 +170,7 @@ def test_cpp_package(source, tmp_path):
     succeeds("cmake", "--install", tmp_path / "build", "--prefix", prefix, "--component", "cpp")
     program.mkdir()
     (program / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.22)\nproject(user CXX)\nset(CMAKE_CXX_STANDARD 17)\nfind_package(normext 0 REQUIRED)\n"
+        "cmake_minimum_required(VERSION 3.22)\nproject(user CXX)\nset(CMAKE_CXX_STANDARD 17)\nfind_package(normext 0.1 REQUIRED)\n"
         "add_executable(user user.cpp)\ntarget_link_libraries(user normext::kernels)\n"
     )
     (program / "user.cpp").write_text(
