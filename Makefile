@@ -58,7 +58,6 @@ demo: build  ## real models before and after normext.convert: errors, times, a p
 test: environment  ## the whole suite on every back end this machine has; PYTEST_ARGS="-k ..." selects
 	$(BUILD)
 	$(GROUP) test
-	ctest --test-dir $(NORMEXT_BUILD_DIR) --output-on-failure
 	$(PYTHON) -m pytest tests $(PYTEST_ARGS)
 
 mutants: develop  ## proves that the suite notices bugs: it must fail on each planted one
