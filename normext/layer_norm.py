@@ -55,7 +55,7 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     _library.check_fake("layer_norm_backward", input, normalized_ndim, (weight, bias), (grad_output, grad_residual_out))
     _library.check_fake_stats("layer_norm_backward", stats, _library.stats_like(input, normalized_ndim, 3))
-    return _library.fake_gradients(needs, input, weight, bias)
+    return _library.fake_gradients(needs, input, weight, weight if bias is None else bias)
 
 
 _library.register_fakes(
@@ -87,11 +87,11 @@ class _LayerNorm(torch.autograd.Function):
         if residual is None:
             forward = _forward.overload if is_dynamo_compiling() else _forward.direct
             output, stats = forward(input, weight, bias, normalized_ndim, eps)
-            ctx.save_for_backward(input, stats, weight, bias)
+            ctx.save_for_backward(input, stats, weight, bias if weight is None else None)
             return output
         forward = _add_forward.overload if is_dynamo_compiling() else _add_forward.direct
         output, summed, stats = forward(input, residual, weight, bias, normalized_ndim, eps, alpha)
-        ctx.save_for_backward(summed, stats, weight, bias)
+        ctx.save_for_backward(summed, stats, weight, bias if weight is None else None)
         ctx.set_materialize_grads(False)
         return output, summed
 

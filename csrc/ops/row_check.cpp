@@ -120,9 +120,10 @@ Geometry check(const RowBackward& request) {
   if (!stats.has_dtype(geometry.stats_dtype)) {
     refuse_argument(op, "stats of " + dtype_text(geometry.stats_dtype), stats.dtype_text());
   }
-  const std::int64_t possible = 1 + (request.weight != nullptr ? 2 : 0) + (request.bias != nullptr ? 4 : 0);
+  const bool centred = request.norm == RowNorm::kLayerNorm;
+  const std::int64_t possible = 1 + (request.weight != nullptr ? 2 : 0) + (centred ? 4 : 0);
   if ((request.needs & ~possible) != 0) {
-    refuse_argument(op, "needs: 1 for grad_input, 2 for the gradient of a given weight, 4 for that of a given bias",
+    refuse_argument(op, "needs: 1 for grad_input, 2 for the gradient of a given weight, 4 for that of LayerNorm's bias",
                     std::to_string(request.needs));
   }
   return geometry;

@@ -178,13 +178,15 @@ void row_forward_in_place(const RowForward& request) {
 RowBackwardResult row_backward(const RowBackward& request) {
   const Tensor& input = request.input;
   const Geometry geometry = check(request);
-  const auto gradient = [&](int bit, const Tensor* of, DType dtype) {
-    return (request.needs & bit) != 0 ? allocate_like(*of, dtype) : allocate_none(input);
-  };
+  const int normalized_ndim = input.ndim() - geometry.leading;
   RowBackwardResult result;
-  result.grad_input = gradient(1, &input, geometry.dtype);
-  result.grad_weight = gradient(2, request.weight, geometry.param_dtype);
-  result.grad_bias = gradient(4, request.bias, geometry.param_dtype);
+  result.grad_input = (request.needs & 1) != 0 ? allocate_like(input, geometry.dtype) : allocate_none(input);
+  const auto parameter_gradient = [&](int bit) {
+    if ((request.needs & bit) == 0) return allocate_none(input);
+    return allocate_contiguous(normalized_ndim, input.sizes() + geometry.leading, geometry.param_dtype, input.device());
+  };
+  result.grad_weight = parameter_gradient(2);
+  result.grad_bias = parameter_gradient(4);
   if (request.needs == 0) return result;
   if (input.is_empty()) {  // a sum over no rows is 0
     fill_zero(result.grad_weight);

@@ -44,7 +44,7 @@ struct RowBackward {
   const Tensor& stats;
   const Tensor* grad_residual_out = nullptr;
   const Tensor* weight = nullptr;
-  const Tensor* bias = nullptr;
+  const Tensor* bias = nullptr;  // tells the dtype of grad_bias where weight is absent; may be left out where it is not
   std::int64_t normalized_ndim = 0;
   double weight_offset = 0.0;
   std::int64_t rounding = 0;

@@ -157,29 +157,29 @@ Tensor allocate(int ndim, const std::int64_t* sizes, const std::int64_t* strides
   return tensor;
 }
 
-Tensor allocate(std::initializer_list<std::int64_t> sizes, DType dtype, Device device) {
-  constexpr int kMost = 2;
-  std::int64_t strides[kMost] = {1, 1};
-  const int ndim = static_cast<int>(sizes.size());
-  for (int d = ndim - 1; d > 0; --d) strides[d - 1] = strides[d] * (sizes.begin()[d] > 1 ? sizes.begin()[d] : 1);
-  return allocate(ndim, sizes.begin(), strides, dtype, device);
-}
-
-Tensor allocate_like(const Tensor& other, DType dtype) {
+Tensor allocate_contiguous(int ndim, const std::int64_t* sizes, DType dtype, Device device) {
   constexpr int kInline = 8;
   std::int64_t inlined[kInline];
   std::vector<std::int64_t> spilled;
   std::int64_t* strides = inlined;
-  if (other.ndim() > kInline) {
-    spilled.resize(other.ndim());
+  if (ndim > kInline) {
+    spilled.resize(ndim);
     strides = spilled.data();
   }
   std::int64_t next = 1;
-  for (int d = other.ndim() - 1; d >= 0; --d) {
+  for (int d = ndim - 1; d >= 0; --d) {
     strides[d] = next;
-    next *= other.sizes()[d] > 1 ? other.sizes()[d] : 1;
+    next *= sizes[d] > 1 ? sizes[d] : 1;
   }
-  return allocate(other.ndim(), other.sizes(), strides, dtype, other.device());
+  return allocate(ndim, sizes, strides, dtype, device);
+}
+
+Tensor allocate(std::initializer_list<std::int64_t> sizes, DType dtype, Device device) {
+  return allocate_contiguous(static_cast<int>(sizes.size()), sizes.begin(), dtype, device);
+}
+
+Tensor allocate_like(const Tensor& other, DType dtype) {
+  return allocate_contiguous(other.ndim(), other.sizes(), dtype, other.device());
 }
 
 Tensor allocate_none(const Tensor& like) {

@@ -96,6 +96,7 @@ bool poisoned();  // NORMEXT_POISON=1
 // Fresh memory from torch's allocator; std::bad_alloc when there is none. With NORMEXT_POISON=1 every element is NaN, so that
 // an element no kernel wrote cannot pass for a result.
 Tensor allocate(int ndim, const std::int64_t* sizes, const std::int64_t* strides, DType dtype, Device device);
+Tensor allocate_contiguous(int ndim, const std::int64_t* sizes, DType dtype, Device device);
 Tensor allocate(std::initializer_list<std::int64_t> sizes, DType dtype, Device device);  // contiguous
 Tensor allocate_like(const Tensor& other, DType dtype);                                  // contiguous, shape of `other`
 Tensor allocate_none(const Tensor& like);                                                // shape [0]: a result not asked for
