@@ -61,12 +61,19 @@ class Check:
         with log.open("w") as file:
             try:
                 code = subprocess.run(
-                    list(map(str, command)), cwd=ROOT, env={**os.environ, **environment}, stdout=file, stderr=subprocess.STDOUT, timeout=limit
+                    list(map(str, command)),
+                    cwd=ROOT,
+                    env={**os.environ, **environment},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    timeout=limit,
                 ).returncode
             except subprocess.TimeoutExpired:
                 code = f"stopped after {limit} s"
         text = log.read_text(errors="replace")
-        counts = re.findall(r"^=* ?(\d+ (?:passed|failed).*?) in [\d.]+", text, re.MULTILINE) or re.findall(r"ERROR SUMMARY: .*", text)
+        counts = re.findall(r"^=* ?(\d+ (?:passed|failed).*?) in [\d.]+", text, re.MULTILINE) or re.findall(
+            r"ERROR SUMMARY: .*", text
+        )
         self.rows.append((name, "ok" if code == 0 else f"FAILED ({code})", time.monotonic() - begin, counts[-1] if counts else ""))
         return code == 0, text
 

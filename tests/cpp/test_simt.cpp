@@ -173,9 +173,7 @@ __global__ void lane_at_barrier(float* output) {
   if (threadIdx.x % 32 < 16) output[threadIdx.x] = shuffle_xor(1.0f, 16);
   block_barrier();
 }
-__global__ void different_shuffles(float* output) {
-  output[threadIdx.x] = shuffle_xor(1.0f, threadIdx.x < 8 ? 1 : 2);
-}
+__global__ void different_shuffles(float* output) { output[threadIdx.x] = shuffle_xor(1.0f, threadIdx.x < 8 ? 1 : 2); }
 __global__ void write_smem(int index) {
   if (threadIdx.x == 0) reinterpret_cast<float*>(dynamic_smem())[index] = 1.0f;
 }
@@ -294,16 +292,14 @@ void test_limits() {
 
   // Without the opt-ins that launch() makes.
   cudaLaunchConfig_t config = {dim3(16), dim3(32), 48 * 1024 + 1, nullptr, nullptr, 0};
-  expect(cudaLaunchKernelEx(&config, unprepared) == cudaErrorInvalidConfiguration,
-         "more than 48 KB without an opt-in");
+  expect(cudaLaunchKernelEx(&config, unprepared) == cudaErrorInvalidConfiguration, "more than 48 KB without an opt-in");
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {16, 1, 1};
   config.dynamicSmemBytes = 0;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  expect(cudaLaunchKernelEx(&config, unprepared) == cudaErrorInvalidConfiguration,
-         "a cluster of 16 without an opt-in");
+  expect(cudaLaunchKernelEx(&config, unprepared) == cudaErrorInvalidConfiguration, "a cluster of 16 without an opt-in");
 }
 
 void test_arch(const char* arch, int smem, int max_cluster) {

@@ -21,7 +21,7 @@ struct DeviceModel {
   int max_cluster;
 };
 constexpr DeviceModel kModels[] = {
-    {80, 108, 163 * 1024, 1}, {86, 84, 99 * 1024, 1},    {89, 142, 99 * 1024, 1},
+    {80, 108, 163 * 1024, 1},  {86, 84, 99 * 1024, 1},     {89, 142, 99 * 1024, 1},
     {90, 132, 227 * 1024, 16}, {100, 148, 227 * 1024, 16}, {120, 188, 99 * 1024, 8},
 };
 constexpr std::uint64_t kMaxBlocks = 2147483647;
@@ -147,11 +147,21 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) return error;
   const simt::DeviceModel& model = simt::model();
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = model.sm_count; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = model.arch / 10; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = model.arch % 10; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = model.smem_per_block; break;
-    case cudaDevAttrClusterLaunch: *value = model.max_cluster > 1; break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = model.sm_count;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = model.arch / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = model.arch % 10;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = model.smem_per_block;
+      break;
+    case cudaDevAttrClusterLaunch:
+      *value = model.max_cluster > 1;
+      break;
   }
   return cudaSuccess;
 }
@@ -167,7 +177,9 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
       }
       simt::attributes[kernel].max_smem = static_cast<std::size_t>(value);
       break;
-    case cudaFuncAttributeNonPortableClusterSizeAllowed: simt::attributes[kernel].wide_cluster = value != 0; break;
+    case cudaFuncAttributeNonPortableClusterSizeAllowed:
+      simt::attributes[kernel].wide_cluster = value != 0;
+      break;
   }
   return cudaSuccess;
 }

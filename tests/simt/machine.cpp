@@ -56,9 +56,7 @@ void Machine::lane_main(void* argument) {
 }
 
 void Machine::run_lane(Lane& lane) {
-  const auto where = [&lane] {
-    return " (block " + number(lane.warp->block->index) + ", thread " + number(lane.thread) + ")";
-  };
+  const auto where = [&lane] { return " (block " + number(lane.warp->block->index) + ", thread " + number(lane.thread) + ")"; };
   try {
     kernel_.call(kernel_.context);
     if (lane.cluster_arrived) throw std::runtime_error("simt: exit after cluster_arrive without cluster_wait");

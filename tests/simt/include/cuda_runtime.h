@@ -119,9 +119,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, Kerne
 // access, shared memory overrun) is a std::runtime_error.
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... args) {
-  const auto thread = [kernel, parameters = std::tuple<P...>(std::forward<A>(args)...)] {
-    std::apply(kernel, parameters);
-  };
+  const auto thread = [kernel, parameters = std::tuple<P...>(std::forward<A>(args)...)] { std::apply(kernel, parameters); };
   using Thread = std::remove_const_t<decltype(thread)>;
   return simt::launch(*config, reinterpret_cast<const void*>(kernel),
                       {[](const void* context) { (*static_cast<const Thread*>(context))(); }, &thread});
