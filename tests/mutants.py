@@ -66,15 +66,15 @@ def compile_for(backends):
     return None
 
 
-def test(backends, tests):
-    """(whether the tests passed, the first failure)"""
+def failing_test(backends, tests):
+    """The first test that fails, or None."""
     environment = {**os.environ, "PYTHONPATH": str(COPY)}
     command = [*PYTEST, "--backend", backends, *tests]
     run = subprocess.run(command, cwd=COPY, env=environment, capture_output=True, text=True)
-    failed = re.search(r"^FAILED \S+::(\S+)", run.stdout, re.MULTILINE)
+    failed = re.search(r"^FAILED (.*?)(?: - .*)?$", run.stdout, re.MULTILINE)
     if run.returncode not in (0, 1) or (run.returncode == 1 and not failed):
         raise SystemExit(f"the tests did not run:\n{run.stdout[-3000:]}{run.stderr[-2000:]}")
-    return run.returncode == 0, failed.group(1) if failed else ""
+    return failed.group(1) if failed else None
 
 
 def plant(mutant):
@@ -92,6 +92,7 @@ def main(words):
     configure()
     refused = compile_for("emulated,avx2")
     assert refused is None, refused
+    pristine = {library.name: library.read_bytes() for library in BUILD.glob("_C*.so")}
     outcomes = []
     for mutant in chosen:
         begin = time.monotonic()
@@ -101,13 +102,19 @@ def main(words):
             refused = compile_for(mutant.backends) if native else None
             if refused is not None:
                 raise SystemExit(f"{mutant.name} does not compile:\n{refused}")
-            passed, failure = test(mutant.backends, mutant.tests)
+            failure = failing_test(mutant.backends, mutant.tests)
         finally:
             (COPY / mutant.file).write_text(original)
-        outcomes.append((mutant, passed))
-        verdict = "SURVIVED" if passed else "killed"
-        print(f"{verdict:<9} {time.monotonic() - begin:5.0f} s  {mutant.name:<52} {failure}", flush=True)
-    survivors = [mutant.name for mutant, passed in outcomes if passed]
+        if failure:  # which counts only if that test passes without the mutant
+            for name, library in pristine.items():
+                (COPY / "normext" / name).unlink(missing_ok=True)
+                (COPY / "normext" / name).write_bytes(library)
+            assert failing_test(mutant.backends, [failure]) is None, f"{failure} fails without any mutant"
+        outcomes.append((mutant, failure is None))
+        verdict = "killed" if failure else "SURVIVED"
+        shown = failure.split("::")[-1] if failure else ""
+        print(f"{verdict:<9} {time.monotonic() - begin:5.0f} s  {mutant.name:<52} {shown}", flush=True)
+    survivors = [mutant.name for mutant, survived in outcomes if survived]
     print(f"{len(outcomes) - len(survivors)} of {len(outcomes)} mutants killed")
     return 1 if survivors else 0
 

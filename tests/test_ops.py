@@ -122,8 +122,8 @@ sys.path.insert(0, {tests!r})
 import normext, raw_ops
 torch.empty(1 << 16).fill_(7.0)
 nan = 0
-for dtype in (torch.float32, torch.bfloat16, torch.float64):
-    for rows, cols in ((6, 40), (1, 1), (257, 111), (3, 4097), (1, 65536)):
+for dtype in (torch.float32, torch.bfloat16):
+    for rows, cols in ((6, 40), (1, 1), (35, 111), (3, 4097), (1, 16400)):
         for name, calls in raw_ops.arguments(dtype, rows=rows, cols=cols, device={device!r}).items():
             for args in calls:
                 results = raw_ops.op(name)(*args)
