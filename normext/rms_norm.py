@@ -424,14 +424,7 @@ class RMSNorm(nn.RMSNorm):
             nn.init.constant_(self.weight, 1.0 - self.weight_offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(
-            x,
-            self.normalized_shape,
-            self.weight,
-            self.eps,
-            weight_offset=self.weight_offset,
-            rounding=self.rounding,
-        )
+        return rms_norm(x, self.normalized_shape, self.weight, self.eps, weight_offset=self.weight_offset, rounding=self.rounding)
 
     def extra_repr(self) -> str:
         extras = f", weight_offset={self.weight_offset}" if self.weight_offset != 0.0 else ""
