@@ -71,6 +71,7 @@ struct RowGradient {
     const T* x = input(row) + begin;
     const G* dy = grad_output(row) + begin;
     const Row stats = statistics(row);
+    V lanes[kSums];
     sum_columns<A>(
         segment_cols(segment, args.cols),
         [&](std::int64_t column, auto extent, Sums<A, kSums>& sum) __attribute__((always_inline)) {
@@ -82,7 +83,8 @@ struct RowGradient {
           Pair<A>& gx = sum.of[kSums - 1];
           gx = {fma(g.a, xhat.a, gx.a), fma(g.b, xhat.b, gx.b)};
         },
-        sums);
+        lanes);
+    for (int q = 0; q < kSums; ++q) sums[q] = sum_lanes<A>(lanes[q]);
   }
 
   GradientMeans<A> row_means(std::int64_t row) const {

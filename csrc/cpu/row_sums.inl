@@ -46,9 +46,9 @@ struct Sums {
 template <int kSums>
 constexpr int kSteps = NORMEXT_VECTOR_BYTES == 64 ? 4 : (kSums == 1 ? 4 : 2);
 
-// out[q] = sum of quantity q over `cols` columns. add(column, extent, sums) adds the columns of one unit.
+// The lanes of out[q] add up to the sum of quantity q over `cols` columns. add(column, extent, sums) adds the columns of one unit.
 template <class A, int kSums, class Add>
-NORMEXT_INLINE void sum_columns(std::int64_t cols, Add add, A (&out)[kSums]) {
+NORMEXT_INLINE void sum_columns(std::int64_t cols, Add add, Vector<A> (&out)[kSums]) {
   constexpr int steps = kSteps<kSums>;
   constexpr std::int64_t unit = kUnit<A>;
   constexpr std::int64_t block = cpu::kTermsPerSum * steps * unit;
@@ -64,7 +64,7 @@ NORMEXT_INLINE void sum_columns(std::int64_t cols, Add add, A (&out)[kSums]) {
   if (cols < steps * unit) {
     const Sums<A, kSums> rest = rest_sums();
 #pragma GCC unroll 8
-    for (int q = 0; q < kSums; ++q) out[q] = sum_lanes<A>(rest.of[q].a + rest.of[q].b);
+    for (int q = 0; q < kSums; ++q) out[q] = rest.of[q].a + rest.of[q].b;
     return;
   }
   while (cols - column >= steps * unit) {
@@ -90,7 +90,7 @@ NORMEXT_INLINE void sum_columns(std::int64_t cols, Add add, A (&out)[kSums]) {
     ++partials;
   }
 #pragma GCC unroll 8
-  for (int q = 0; q < kSums; ++q) out[q] = sum_lanes<A>(pairwise(partial[q], partials));
+  for (int q = 0; q < kSums; ++q) out[q] = pairwise(partial[q], partials);
 }
 
 // The one merge of segments (norms/stats.h), here with pairwise sums. `terms` holds one value per segment.
