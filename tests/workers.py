@@ -186,7 +186,10 @@ class Controller:
         """The pipe is closed. True if the worker is finished with, False if another process continues its work."""
         self.seconds[worker.backend.name] = worker.close()
         code = worker.process.returncode
-        if stopping or code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
+        fine = {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED}
+        if any("::" in argument for argument in worker.args):
+            fine.add(pytest.ExitCode.USAGE_ERROR)  # the id of a test that exists on another back end only
+        if stopping or (code in fine and worker.running is None):
             return True
         cause = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         nodeid = worker.running or f"tests::worker[{worker.backend.name}]"
