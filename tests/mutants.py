@@ -57,13 +57,18 @@ def configure():
 
 def compile_for(backends):
     """Builds the libraries the back ends load. Returns what the compiler said if it refused."""
-    targets = ["_C_emulated"] * ("emulated" in backends) + ["_C"]
+    targets = ["_C_emulated"] if "emulated" in backends else ["_C"]
     run = subprocess.run(["cmake", "--build", BUILD, "--target", *targets], capture_output=True, text=True)
     if run.returncode:
         return run.stdout[-3000:]
-    for library in BUILD.glob("_C*.so"):
-        shutil.copy(library, COPY / "normext" / library.name)
+    install({library.name: library.read_bytes() for library in BUILD.glob("_C*.so")})
     return None
+
+
+def install(libraries):
+    for name, content in libraries.items():
+        (COPY / "normext" / name).unlink(missing_ok=True)  # never written over: a process may still have it mapped
+        (COPY / "normext" / name).write_bytes(content)
 
 
 def failing_test(backends, tests):
@@ -90,8 +95,9 @@ def main(words):
     chosen = [m for m in MUTANTS if not words or any(word in m.name for word in words)]
     sync()
     configure()
-    refused = compile_for("emulated,avx2")
-    assert refused is None, refused
+    for backends in ("avx2", "emulated"):
+        refused = compile_for(backends)
+        assert refused is None, refused
     pristine = {library.name: library.read_bytes() for library in BUILD.glob("_C*.so")}
     outcomes = []
     for mutant in chosen:
@@ -105,10 +111,8 @@ def main(words):
             failure = failing_test(mutant.backends, mutant.tests)
         finally:
             (COPY / mutant.file).write_text(original)
+        install(pristine)
         if failure:  # which counts only if that test passes without the mutant
-            for name, library in pristine.items():
-                (COPY / "normext" / name).unlink(missing_ok=True)
-                (COPY / "normext" / name).write_bytes(library)
             assert failing_test(mutant.backends, [failure]) is None, f"{failure} fails without any mutant"
         outcomes.append((mutant, failure is None))
         verdict = "killed" if failure else "SURVIVED"

@@ -22,6 +22,7 @@ LAYOUTS = ("tests/test_layouts.py", "tests/test_invariance.py")
 TREE = ("tests/test_tree.py",)
 OPS = ("tests/test_ops.py",)
 
+SUMS = "csrc/cuda/collectives.cuh"
 FORWARD = "csrc/cuda/row_forward.cuh"
 BACKWARD = "csrc/cuda/row_backward.cuh"
 CPU_FORWARD = "csrc/cpu/row_forward.inl"
@@ -36,11 +37,25 @@ MUTANTS = (
         "emulated",
         (*ACCURACY, "-k", "mean"),
     ),
-    Mutant("mean not corrected", "csrc/norms/stats.h", "const A c = sum_d / n;", "const A c = sum_d * A{};", "avx2", ACCURACY),
+    Mutant(
+        "mean not corrected",
+        FORWARD,
+        "moments(mean, sum_d, sum_d2, divisor)",
+        "moments(mean, A(0), sum_d2, divisor)",
+        "emulated",
+        ACCURACY,
+    ),
     Mutant("low part of the mean dropped", FORWARD, "= stats.lo;", "= A(0);", "emulated", (*ACCURACY, "-k", "mean")),
-    Mutant("eps dropped", "csrc/norms/rms_norm.h", "sum_x2 / n + eps", "sum_x2 / n + A{} * eps", "avx2", ACCURACY),
-    Mutant("eps outside the root", "csrc/norms/stats.h", "m2 / n + eps", "m2 / n + eps * eps", "avx2", ACCURACY),
-    Mutant("unbiased variance", "csrc/norms/stats.h", "m2 / n + eps", "m2 / (n - A{} - 1.0f) + eps", "emulated", ACCURACY),
+    Mutant("eps dropped", SUMS, "get(s).sum_x2; }), cols, eps);", "get(s).sum_x2; }), cols, A(0));", "emulated", ACCURACY),
+    Mutant("eps outside the root", SUMS, "merged, m2, cols, eps);", "merged, m2, cols, eps * eps);", "emulated", ACCURACY),
+    Mutant(
+        "unbiased variance",
+        SUMS,
+        "merged, m2, cols, eps);",
+        "merged, m2 * (cols / (cols - A(1))), cols, eps);",
+        "emulated",
+        ACCURACY,
+    ),
     Mutant("reciprocal instead of division", FORWARD, "lanes) / divisor;", "lanes) * (A(1) / divisor);", "emulated", EXACT),
     Mutant(
         "absent columns counted in the variance",
@@ -52,9 +67,9 @@ MUTANTS = (
     ),
     Mutant(
         "a short last segment counted as full",
-        "csrc/core/row_tree.h",
-        "left < segment_cols() ? left : segment_cols()",
-        "segment_cols()",
+        SUMS,
+        "static_cast<A>(tree.count(s)) * relative_mean",
+        "static_cast<A>(tree.segment_cols()) * relative_mean",
         "emulated",
         ACCURACY,
     ),
@@ -223,12 +238,7 @@ MUTANTS = (
         ACCURACY,
     ),
     Mutant(
-        "mean of the gradient dropped",
-        "csrc/norms/layer_norm.h",
-        "g - mean_g",
-        "g - mean_g * 0",
-        "emulated",
-        ACCURACY,
+        "mean of the gradient dropped", BACKWARD, "{sums.g / cols, sums.gx / cols}", "{A(0), sums.gx / cols}", "emulated", ACCURACY
     ),
     Mutant(
         "offset added without a weight",
