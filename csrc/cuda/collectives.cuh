@@ -28,29 +28,38 @@ __device__ __forceinline__ A lanes_sum(A value, int lanes) {
   return value;
 }
 
-// The aligned block of 32^(kLevel+1) terms that starts at `first`; every lane gets the sum.
-template <int kLevel, class A, class Term>
-__device__ __forceinline__ A warp_pairwise_block(std::int64_t first, std::int64_t count, Term term) {
-  A value = A(0);
-  if constexpr (kLevel == 0) {
-    if (first + lane_id() < count) value = term(first + lane_id());
-  } else {
-    const std::int64_t step = std::int64_t{1} << (5 * kLevel);
-    for (unsigned k = 0; k < 32 && first + k * step < count; ++k) {
-      const A block = warp_pairwise_block<kLevel - 1, A>(first + k * step, count, term);
-      if (lane_id() == k) value = block;
-    }
-  }
+// Sum of one value per lane, neighbours first; every lane gets it.
+template <class A>
+__device__ __forceinline__ A neighbours_sum(A value) {
 #pragma unroll
   for (int mask = 1; mask <= 16; mask *= 2) value = value + shuffle_xor(value, mask);
   return value;
 }
 
 // sum(term(0), ..., term(count - 1)) pairwise in index order, by one whole warp; every lane gets it. count <= 32^(kLevels+1).
+// Every 32 terms make a block; lane i of level l holds the i-th block of that level until it is complete.
 template <int kLevels, class A, class Term>
 __device__ __forceinline__ A warp_pairwise(std::int64_t count, Term term) {
-  if (kLevels == 0 || count <= 32) return warp_pairwise_block<0, A>(0, count, term);
-  return warp_pairwise_block<kLevels, A>(0, count, term);
+  A level[kLevels] = {};
+  A block = A(0);
+  for (std::int64_t first = 0; first < count; first += 32) {
+    const std::int64_t i = first + lane_id();
+    block = neighbours_sum(i < count ? term(i) : A(0));
+    const bool last = first + 32 >= count;
+    std::int64_t index = first / 32;
+    bool complete = last ? count > 32 : true;
+#pragma unroll
+    for (int l = 0; l < kLevels; ++l) {
+      if (!complete) break;
+      if (lane_id() == index % 32) level[l] = block;
+      complete = last || index % 32 == 31;
+      if (!complete) break;
+      block = neighbours_sum(level[l]);
+      level[l] = A(0);
+      index /= 32;
+    }
+  }
+  return block;
 }
 
 constexpr int kClusterLevels = 1;  // up to 1024 segments: more than the 512 that a cluster holds

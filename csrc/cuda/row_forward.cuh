@@ -120,7 +120,7 @@ __device__ __forceinline__ void apply_slot(const Columns<T, V>& x, const Columns
 template <class Norm, class T, class P, int V, int kSlots, bool kEarly>
 struct Params {
   static constexpr int kRegisters = (Norm::kCentred ? 2 : 1) * kSlots * V * sizeof(P) / 4 + kSlots * (V * sizeof(T) + 3) / 4;
-  static constexpr bool kHoist = kEarly && V > 1 && kRegisters <= 96;
+  static constexpr bool kHoist = kEarly && V > 1 && kRegisters <= (sizeof(T) < sizeof(P) && V < 8 ? 72 : 96);
   Tile<P, V, kHoist ? kSlots : 1> weight;
   Tile<P, V, kHoist ? kSlots : 1> bias;
 
@@ -201,7 +201,7 @@ __device__ __forceinline__ void save_stats(const RowForwardParams<A>& params, st
 }
 
 template <class Norm, class T, class P, int V, int kSlots, bool kResidual>
-__global__ void __launch_bounds__(max_warps(sizeof(T)) * 32, 1)
+__global__ void __launch_bounds__(max_warps(Direction::kForward, sizeof(T), V) * 32, 1)
     row_forward_kernel(const __grid_constant__ RowForwardParams<Accumulate<T>> params) {
   using A = Accumulate<T>;
   using Stats = SegmentStats<Norm, A>;

@@ -7,8 +7,8 @@
 namespace normext::ops {
 namespace {
 
-RowForward request(const char* op, const Tensor& input, const Tensor* weight, const Tensor* bias,
-                   std::int64_t normalized_ndim, double eps) {
+RowForward request(const char* op, const Tensor& input, const Tensor* weight, const Tensor* bias, std::int64_t normalized_ndim,
+                   double eps) {
   RowForward request{op, RowNorm::kLayerNorm, input};
   request.weight = weight;
   request.bias = bias;
@@ -35,9 +35,8 @@ std::tuple<Tensor, Tensor> layer_norm_forward(const Tensor& input, const Optiona
   return {std::move(result.output), std::move(result.stats)};
 }
 
-RowForwardResult add_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
-                             const OptionalTensor& bias, std::int64_t normalized_ndim, double eps, double alpha,
-                             bool save_stats) {
+RowForwardResult add_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
+                             std::int64_t normalized_ndim, double eps, double alpha, bool save_stats) {
   RowForward forward = request("add_layer_norm", input, weight.or_null(), bias.or_null(), normalized_ndim, eps);
   forward.residual = &residual;
   forward.alpha = alpha;
@@ -46,15 +45,14 @@ RowForwardResult add_forward(const Tensor& input, const Tensor& residual, const 
 }
 
 std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
-                                          const OptionalTensor& bias, std::int64_t normalized_ndim, double eps,
-                                          double alpha) {
+                                          const OptionalTensor& bias, std::int64_t normalized_ndim, double eps, double alpha) {
   RowForwardResult result = add_forward(input, residual, weight, bias, normalized_ndim, eps, alpha, false);
   return {std::move(result.output), std::move(result.residual_out)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& input, const Tensor& residual,
-                                                          const OptionalTensor& weight, const OptionalTensor& bias,
-                                                          std::int64_t normalized_ndim, double eps, double alpha) {
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
+                                                          const OptionalTensor& bias, std::int64_t normalized_ndim, double eps,
+                                                          double alpha) {
   RowForwardResult result = add_forward(input, residual, weight, bias, normalized_ndim, eps, alpha, true);
   return {std::move(result.output), std::move(result.residual_out), std::move(result.stats)};
 }
@@ -70,9 +68,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_export(const Tensor& input, const 
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output, const OptionalTensor& grad_residual_out,
-                                                       const Tensor& input, const Tensor& stats,
-                                                       const OptionalTensor& weight, const OptionalTensor& bias,
-                                                       std::int64_t normalized_ndim, std::int64_t needs) {
+                                                       const Tensor& input, const Tensor& stats, const OptionalTensor& weight,
+                                                       const OptionalTensor& bias, std::int64_t normalized_ndim,
+                                                       std::int64_t needs) {
   RowBackward backward{"layer_norm_backward", RowNorm::kLayerNorm, grad_output, input, stats};
   backward.grad_residual_out = grad_residual_out.or_null();
   backward.weight = weight.or_null();
@@ -87,17 +85,26 @@ const bool defined = [] {
   define("layer_norm(Tensor input, Tensor weight, Tensor bias, float eps) -> Tensor", boxed<layer_norm>);
   define("layer_norm_inference(Tensor input, Tensor? weight, Tensor? bias, int normalized_ndim, float eps) -> Tensor",
          boxed<layer_norm_inference>);
-  define("layer_norm_forward(Tensor input, Tensor? weight, Tensor? bias, int normalized_ndim, float eps) "
-         "-> (Tensor output, Tensor stats)", boxed<layer_norm_forward>);
-  define("layer_norm_backward(Tensor grad_output, Tensor? grad_residual_out, Tensor input, Tensor stats, Tensor? weight, "
-         "Tensor? bias, int normalized_ndim, int needs) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
-         boxed<layer_norm_backward>);
-  define("add_layer_norm(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, int normalized_ndim, float eps, "
-         "float alpha) -> (Tensor output, Tensor residual_out)", boxed<add_layer_norm>);
-  define("add_layer_norm_forward(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, int normalized_ndim, "
-         "float eps, float alpha) -> (Tensor output, Tensor residual_out, Tensor stats)", boxed<add_layer_norm_forward>);
-  define("layer_norm_export(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, int normalized_ndim, float eps, "
-         "float alpha) -> (Tensor output, Tensor residual_out, Tensor stats)", boxed<layer_norm_export>);
+  define(
+      "layer_norm_forward(Tensor input, Tensor? weight, Tensor? bias, int normalized_ndim, float eps) "
+      "-> (Tensor output, Tensor stats)",
+      boxed<layer_norm_forward>);
+  define(
+      "layer_norm_backward(Tensor grad_output, Tensor? grad_residual_out, Tensor input, Tensor stats, Tensor? weight, "
+      "Tensor? bias, int normalized_ndim, int needs) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+      boxed<layer_norm_backward>);
+  define(
+      "add_layer_norm(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, int normalized_ndim, float eps, "
+      "float alpha) -> (Tensor output, Tensor residual_out)",
+      boxed<add_layer_norm>);
+  define(
+      "add_layer_norm_forward(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, int normalized_ndim, "
+      "float eps, float alpha) -> (Tensor output, Tensor residual_out, Tensor stats)",
+      boxed<add_layer_norm_forward>);
+  define(
+      "layer_norm_export(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, int normalized_ndim, float eps, "
+      "float alpha) -> (Tensor output, Tensor residual_out, Tensor stats)",
+      boxed<layer_norm_export>);
   return true;
 }();
 

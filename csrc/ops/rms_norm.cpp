@@ -46,15 +46,14 @@ RowForwardResult add_forward(const Tensor& input, const Tensor& residual, const 
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
-                                        std::int64_t normalized_ndim, double eps, double weight_offset,
-                                        std::int64_t rounding) {
+                                        std::int64_t normalized_ndim, double eps, double weight_offset, std::int64_t rounding) {
   RowForwardResult result = add_forward(input, residual, weight, normalized_ndim, eps, weight_offset, rounding, false);
   return {std::move(result.output), std::move(result.residual_out)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_rms_norm_forward(const Tensor& input, const Tensor& residual,
-                                                        const OptionalTensor& weight, std::int64_t normalized_ndim,
-                                                        double eps, double weight_offset, std::int64_t rounding) {
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
+                                                        std::int64_t normalized_ndim, double eps, double weight_offset,
+                                                        std::int64_t rounding) {
   RowForwardResult result = add_forward(input, residual, weight, normalized_ndim, eps, weight_offset, rounding, true);
   return {std::move(result.output), std::move(result.residual_out), std::move(result.stats)};
 }
@@ -93,22 +92,31 @@ void fused_add_rms_norm_(const Tensor& input, const Tensor& residual, const Tens
 
 const bool defined = [] {
   define("rms_norm(Tensor input, Tensor weight, float eps) -> Tensor", boxed<rms_norm>);
-  define("rms_norm_inference(Tensor input, Tensor? weight, int normalized_ndim, float eps, float weight_offset, "
-         "int rounding) -> Tensor", boxed<rms_norm_inference>);
-  define("rms_norm_forward(Tensor input, Tensor? weight, int normalized_ndim, float eps, float weight_offset, "
-         "int rounding) -> (Tensor output, Tensor stats)", boxed<rms_norm_forward>);
-  define("rms_norm_backward(Tensor grad_output, Tensor? grad_residual_out, Tensor input, Tensor stats, Tensor? weight, "
-         "int normalized_ndim, float weight_offset, int rounding, int needs) -> (Tensor grad_input, Tensor grad_weight)",
-         boxed<rms_norm_backward>);
-  define("add_rms_norm(Tensor input, Tensor residual, Tensor? weight, int normalized_ndim, float eps, "
-         "float weight_offset, int rounding) -> (Tensor output, Tensor residual_out)", boxed<add_rms_norm>);
-  define("add_rms_norm_forward(Tensor input, Tensor residual, Tensor? weight, int normalized_ndim, float eps, "
-         "float weight_offset, int rounding) -> (Tensor output, Tensor residual_out, Tensor stats)",
-         boxed<add_rms_norm_forward>);
-  define("fused_add_rms_norm_(Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps) -> ()",
-         boxed<fused_add_rms_norm_>);
-  define("rms_norm_export(Tensor input, Tensor? residual, Tensor? weight, int normalized_ndim, float eps, "
-         "float weight_offset, int rounding) -> (Tensor output, Tensor residual_out, Tensor stats)", boxed<rms_norm_export>);
+  define(
+      "rms_norm_inference(Tensor input, Tensor? weight, int normalized_ndim, float eps, float weight_offset, "
+      "int rounding) -> Tensor",
+      boxed<rms_norm_inference>);
+  define(
+      "rms_norm_forward(Tensor input, Tensor? weight, int normalized_ndim, float eps, float weight_offset, "
+      "int rounding) -> (Tensor output, Tensor stats)",
+      boxed<rms_norm_forward>);
+  define(
+      "rms_norm_backward(Tensor grad_output, Tensor? grad_residual_out, Tensor input, Tensor stats, Tensor? weight, "
+      "int normalized_ndim, float weight_offset, int rounding, int needs) -> (Tensor grad_input, Tensor grad_weight)",
+      boxed<rms_norm_backward>);
+  define(
+      "add_rms_norm(Tensor input, Tensor residual, Tensor? weight, int normalized_ndim, float eps, "
+      "float weight_offset, int rounding) -> (Tensor output, Tensor residual_out)",
+      boxed<add_rms_norm>);
+  define(
+      "add_rms_norm_forward(Tensor input, Tensor residual, Tensor? weight, int normalized_ndim, float eps, "
+      "float weight_offset, int rounding) -> (Tensor output, Tensor residual_out, Tensor stats)",
+      boxed<add_rms_norm_forward>);
+  define("fused_add_rms_norm_(Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps) -> ()", boxed<fused_add_rms_norm_>);
+  define(
+      "rms_norm_export(Tensor input, Tensor? residual, Tensor? weight, int normalized_ndim, float eps, "
+      "float weight_offset, int rounding) -> (Tensor output, Tensor residual_out, Tensor stats)",
+      boxed<rms_norm_export>);
   return true;
 }();
 

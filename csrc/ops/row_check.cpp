@@ -21,23 +21,25 @@ void check_device(const char* op, const char* name, const Tensor& tensor, const 
   }
 }
 
-void check_parameter(const char* op, const char* name, const Tensor& parameter, const Tensor& input, int leading,
-                     DType dtype) {
+void check_parameter(const char* op, const char* name, const Tensor& parameter, const Tensor& input, int leading, DType dtype) {
   check_device(op, name, parameter, input);
   bool fits = parameter.ndim() == input.ndim() - leading;
   for (int d = 0; fits && d < parameter.ndim(); ++d) fits = parameter.sizes()[d] == input.sizes()[leading + d];
   if (!fits) {
-    refuse_argument(op, std::string(name) + " of the shape of the last " + std::to_string(input.ndim() - leading) +
-                    " dimension(s) of input " + input.shape_text(), parameter.shape_text());
+    refuse_argument(op,
+                    std::string(name) + " of the shape of the last " + std::to_string(input.ndim() - leading) +
+                        " dimension(s) of input " + input.shape_text(),
+                    parameter.shape_text());
   }
   if (!parameter.has_dtype(dtype)) {
-    refuse_argument(op, std::string(name) + " of input's dtype " + input.dtype_text() +
-                    " (with 16-bit input all parameters may be float32)", parameter.dtype_text());
+    refuse_argument(
+        op, std::string(name) + " of input's dtype " + input.dtype_text() + " (with 16-bit input all parameters may be float32)",
+        parameter.dtype_text());
   }
 }
 
-Geometry check_geometry(const char* op, const Tensor& input, const Tensor* weight, const Tensor* bias,
-                        std::int64_t normalized_ndim, std::int64_t rounding) {
+Geometry check_geometry(const char* op, const Tensor& input, const Tensor* weight, const Tensor* bias, std::int64_t normalized_ndim,
+                        std::int64_t rounding) {
   Geometry geometry;
   if (!input) refuse_argument(op, "input", "an undefined tensor");
   if (!input.device().is_cpu() && !input.device().is_cuda()) refuse_argument(op, "a CPU or CUDA tensor", input.device_text());
@@ -45,8 +47,8 @@ Geometry check_geometry(const char* op, const Tensor& input, const Tensor* weigh
     refuse_argument(op, "input of dtype float32, float16, bfloat16 or float64", input.dtype_text());
   }
   if (normalized_ndim < 1 || normalized_ndim > input.ndim()) {
-    refuse_argument(op, "1 to input.dim() normalized dimensions", std::to_string(normalized_ndim) + " with input " +
-                    input.shape_text());
+    refuse_argument(op, "1 to input.dim() normalized dimensions",
+                    std::to_string(normalized_ndim) + " with input " + input.shape_text());
   }
   geometry.leading = input.ndim() - static_cast<int>(normalized_ndim);
   // Unsigned: where another extent is 0 these products may wrap, and nothing uses them then.
@@ -94,8 +96,8 @@ int channels_last_dim(int place, int ndim) { return place == 0 ? 1 : (place == n
 }  // namespace
 
 Geometry check(const RowForward& request) {
-  const Geometry geometry = check_geometry(request.op, request.input, request.weight, request.bias, request.normalized_ndim,
-                                           request.rounding);
+  const Geometry geometry =
+      check_geometry(request.op, request.input, request.weight, request.bias, request.normalized_ndim, request.rounding);
   if (request.residual != nullptr) {
     check_like_input(request.op, "residual", *request.residual, request.input, geometry.dtype);
   }
@@ -137,8 +139,9 @@ void check_in_place(const RowForward& request, const Geometry& geometry) {
   const Tensor* read[] = {request.weight, request.bias};
   for (const Tensor* target : written) {
     if (may_overlap_itself(*target)) {
-      refuse("unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
-             "Please clone() the tensor before performing the operation.");
+      refuse(
+          "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
+          "Please clone() the tensor before performing the operation.");
     }
   }
   bool overlap = may_overlap(request.input, *request.residual);
@@ -146,8 +149,9 @@ void check_in_place(const RowForward& request, const Geometry& geometry) {
     for (const Tensor* parameter : read) overlap = overlap || (parameter != nullptr && may_overlap(*target, *parameter));
   }
   if (overlap) {
-    refuse("unsupported operation: some elements of the input tensor and the written-to tensor refer to a single memory "
-           "location. Please clone() the tensor before performing the operation.");
+    refuse(
+        "unsupported operation: some elements of the input tensor and the written-to tensor refer to a single memory "
+        "location. Please clone() the tensor before performing the operation.");
   }
 }
 

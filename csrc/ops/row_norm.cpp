@@ -96,8 +96,7 @@ void launch(RowNorm norm, const RowBackwardArgs& args, Device device) {
 }
 
 // Everything but the tensors that are read or written row by row.
-RowForwardArgs forward_args(const RowForward& request, const Geometry& geometry, const Elements& weight,
-                            const Elements& bias) {
+RowForwardArgs forward_args(const RowForward& request, const Geometry& geometry, const Elements& weight, const Elements& bias) {
   RowForwardArgs args;
   args.dtype = geometry.dtype;
   args.param_dtype = geometry.param_dtype;

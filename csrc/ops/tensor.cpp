@@ -89,8 +89,7 @@ bool Tensor::same_shape(const Tensor& other) const {
 }
 
 bool Tensor::has_shape(std::initializer_list<std::int64_t> shape) const {
-  return ndim_ == static_cast<std::int64_t>(shape.size()) &&
-         std::memcmp(sizes_, shape.begin(), sizeof(std::int64_t) * ndim_) == 0;
+  return ndim_ == static_cast<std::int64_t>(shape.size()) && std::memcmp(sizes_, shape.begin(), sizeof(std::int64_t) * ndim_) == 0;
 }
 
 bool Tensor::is_empty() const {
@@ -188,9 +187,7 @@ Tensor allocate_none(const Tensor& like) {
   return allocate({0}, dtype, like.device());
 }
 
-void copy(const Tensor& from, const Tensor& to) {
-  check(aoti_torch_copy_(to.get(), from.get(), 0), "copy a tensor");
-}
+void copy(const Tensor& from, const Tensor& to) { check(aoti_torch_copy_(to.get(), from.get(), 0), "copy a tensor"); }
 
 void fill_zero(const Tensor& tensor) { check(aoti_torch_zero_(tensor.get()), "fill a tensor"); }
 
