@@ -5,6 +5,7 @@ largest error in units of the contract (RELIABILITY.md §3.3): 4 is the limit, i
 contract leaves no room. The kernel's own statistics are never used.
 """
 
+import os
 from dataclasses import dataclass
 
 import cases
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 
 LIMIT = 4.0
+# The baseline instruction set has no fma, and may round a*b + c twice (DESIGN.md §3).
+FUSED_MULTIPLY_ADD = os.environ.get("NORMEXT_CPU_ISA") != "scalar"
 PRECISION = {torch.float16: (11, -14), torch.bfloat16: (8, -126)}  # significant bits, smallest exponent
 
 
@@ -55,7 +58,10 @@ def residual_sum(case, t):
         total = wide(t.x) + np.longdouble(case.alpha) * wide(t.residual)
         return torch.from_numpy(total.astype(np.float64)).to(t.x.device)
     alpha = float(np.float32(case.alpha))
-    return (t.x.double() + alpha * t.residual.double()).float().to(case.dtype)
+    product = alpha * t.residual.double()
+    if not FUSED_MULTIPLY_ADD:
+        product = product.float()
+    return (t.x.double() + product).float().to(case.dtype)
 
 
 def normalise(case, t):

@@ -63,5 +63,6 @@ def test_never_farther_from_the_truth_than_torch(op, backend):
             expected = oracle.forward(case, t)
             ours += abs(oracle.wide(case.call(t)[0]) - expected).sum()
             theirs += abs(oracle.wide(case.torch(t)[0]) - expected).sum()
-        # 16-bit outputs differ from torch's in a handful of roundings at most, either way.
-        assert ours <= theirs * (1.001 if dtype in cases.SIXTEEN_BIT else 1.0), (dtype, ours / theirs)
+        # 16-bit outputs differ from torch's in a handful of roundings at most, either way. Without fma two more roundings count.
+        slack = 1.001 if dtype in cases.SIXTEEN_BIT else 1.0
+        assert ours <= theirs * (slack if oracle.FUSED_MULTIPLY_ADD else 1.1), (dtype, ours / theirs)
