@@ -128,7 +128,8 @@ NORMEXT_INLINE Moments<Accumulate<T>> segment_moments(const RowSource<T, kResidu
   if constexpr (Policy::kCentred) {
     const A mean = sum / static_cast<A>(n);
     Vector<A> sums[2];
-    deviation_sums<T>(row.stored() + begin, nullptr, mean, n, sums);
+    const T* next = kFetchEarly<Policy, T> && begin + n < cols ? row.input + begin + n : nullptr;
+    deviation_sums<T>(row.stored() + begin, next, mean, n, sums);
     return moments(mean, sum_lanes<A>(sums[0]), sum_lanes<A>(sums[1]), static_cast<A>(n));
   } else {
     return {0, 0, sum};

@@ -165,9 +165,18 @@ struct Packed<BFloat16> {
   FloatBits data;
   // Rounded to nearest even, in the upper half of each lane; NaN becomes the quiet NaN torch uses.
   NORMEXT_INLINE static FloatBits rounded(Floats x) {
+#if NORMEXT_VECTOR_BYTES == 64
+    // Half a step is added, less one where the result would be even already: four instructions, NaN included.
+    const __m512i bits = reinterpret_cast<__m512i>(x);
+    const __mmask16 number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+    const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x10000));
+    const __m512i even = _mm512_mask_add_epi32(_mm512_set1_epi32(0x7fc00000), number, bits, _mm512_set1_epi32(0x7fff));
+    return reinterpret_cast<FloatBits>(_mm512_mask_add_epi32(even, odd, bits, _mm512_set1_epi32(0x8000)));
+#else
     const FloatBits bits = reinterpret_cast<FloatBits>(x);
     const FloatBits nearest = bits + 0x7fffu + (bits >> 16 & 1u);
     return x == x ? nearest : FloatBits{} + 0x7fc00000u;
+#endif
   }
   NORMEXT_INLINE static Packed pack(Pair<float> x) { return {(rounded(x.a) >> 16) | (rounded(x.b) & 0xffff0000u)}; }
   NORMEXT_INLINE Pair<float> unpack() const {
