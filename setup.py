@@ -145,7 +145,8 @@ def jobs():
 
 
 def tool(name):
-    path = shutil.which(name)
+    """Beside this interpreter, which need not be activated, or in PATH."""
+    path = shutil.which(name, path=Path(sys.executable).parent) or shutil.which(name)
     if path is None:
         stop(f"{name} is missing: run `pip install cmake ninja pybind11 setuptools`, or build without --no-build-isolation.")
     return path

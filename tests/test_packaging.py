@@ -165,9 +165,11 @@ def test_uv(source, tmp_path):
 def test_cpp_package(source, tmp_path):
     """find_package(normext) gives a C++ program the CPU kernels, without torch or Python."""
     prefix, program = tmp_path / "prefix", tmp_path / "program"
-    for step in (["-S", source.folder, "-B", tmp_path / "build", "-DCMAKE_BUILD_TYPE=None"], ["--build", tmp_path / "build"]):
-        succeeds("cmake", *step)
-    succeeds("cmake", "--install", tmp_path / "build", "--prefix", prefix, "--component", "cpp")
+    cmake, ninja = map(setup_functions()["tool"], ("cmake", "ninja"))
+    configure = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DCMAKE_BUILD_TYPE=None"]
+    succeeds(cmake, "-S", source.folder, "-B", source.build, *configure)
+    succeeds(cmake, "--build", source.build, "--target", "normext_kernels")
+    succeeds(cmake, "--install", source.build, "--prefix", prefix, "--component", "cpp")
     program.mkdir()
     (program / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.22)\nproject(user CXX)\nset(CMAKE_CXX_STANDARD 17)\nfind_package(normext 0.1 REQUIRED)\n"
@@ -176,8 +178,8 @@ def test_cpp_package(source, tmp_path):
     (program / "user.cpp").write_text(
         '#include <cstdio>\n#include "cpu/isa.h"\nint main() { std::puts(normext::cpu::isa_name()); }\n'
     )
-    succeeds("cmake", "-S", program, "-B", program / "build", f"-DCMAKE_PREFIX_PATH={prefix}")
-    succeeds("cmake", "--build", program / "build")
+    succeeds(cmake, "-S", program, "-B", program / "build", *configure, f"-DCMAKE_PREFIX_PATH={prefix}")
+    succeeds(cmake, "--build", program / "build")
     assert succeeds(program / "build" / "user").strip() in ("scalar", "avx2", "avx512", "neon")
 
 
