@@ -37,6 +37,8 @@ torch.set_num_threads(2)
 again = normext.layer_norm(x, (513,))
 pid = os.fork()
 if pid == 0:
+    if not normext.layer_norm(x, (513,)).equal(expected):
+        os._exit(2)
     torch.set_num_threads(1)
     leaf = x.clone().requires_grad_()
     y = normext.layer_norm(leaf, (513,))
@@ -49,8 +51,8 @@ assert normext.layer_norm(x, (513,)).equal(expected) and again.equal(expected)
 
 
 def test_fork_after_use(backend):
-    """Data loaders fork: the child of a process that has used normext computes, and so does its parent afterwards. The child
-    sets one thread, as torch's own data loader does: libgomp's pool, which torch shares with us, does not survive fork."""
+    """Data loaders fork: the child of a process that has used normext computes, and so does its parent afterwards. For
+    torch's own sums the child then sets one thread, as torch's data loader does: libgomp's pool does not survive fork."""
     if backend.device == "cuda":
         pytest.skip("CUDA itself does not survive fork")
     child(backend, "-c", FORK, timeout=60)
