@@ -251,7 +251,7 @@ __device__ __forceinline__ void fold_groups(const BackwardShared<A>& shared, con
 }
 
 template <class Norm, class T, class P, int V>
-__global__ void __launch_bounds__(max_warps(Direction::kBackward, sizeof(T), V) * 32, 1)
+__global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
     row_backward_kernel(const __grid_constant__ RowBackwardParams<Accumulate<T>> params) {
   using A = Accumulate<T>;
   using Row = typename Norm::template Row<A>;

@@ -201,7 +201,7 @@ __device__ __forceinline__ void save_stats(const RowForwardParams<A>& params, st
 }
 
 template <class Norm, class T, class P, int V, int kSlots, bool kResidual>
-__global__ void __launch_bounds__(max_warps(Direction::kForward, sizeof(T), V) * 32, 1)
+__global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
     row_forward_kernel(const __grid_constant__ RowForwardParams<Accumulate<T>> params) {
   using A = Accumulate<T>;
   using Stats = SegmentStats<Norm, A>;

@@ -25,11 +25,9 @@ struct RowMapping {
   int blocks_per_row = 1;  // the cluster size in kRegisters
 };
 
-// Warps per block at most: leaves 128 registers a thread, 255 for float64 and for the forward of odd widths, where a lane holds 32
-// values that cannot be packed; enough for every kernel without spills.
-constexpr int max_warps(Direction direction, std::size_t element_size, int vector) {
-  return element_size == 8 || (direction == Direction::kForward && vector == 1) ? 8 : 16;
-}
+// Warps per block at most: leaves 128 registers a thread, 255 for float64 and for odd widths, where a lane's values cannot be
+// packed; enough for every kernel without spills.
+constexpr int max_warps(std::size_t element_size, int vector) { return element_size == 8 || vector == 1 ? 8 : 16; }
 constexpr int kMaxCluster = 16;
 constexpr int kRunRows = 256;   // backward: rows per run at most, 16 groups of 16
 constexpr int kGroupRows = 16;  // backward: rows added in sequence in registers
@@ -77,8 +75,7 @@ inline RowMapping forward_mapping(const RowTree& tree, std::int64_t rows, int el
     m.rows_at_once = static_cast<int>(warps * per_warp);
     return m;
   }
-  int blocks =
-      static_cast<int>(power_of_two_at_least(ceil_div(segments, max_warps(Direction::kForward, element_size, tree.vector))));
+  int blocks = static_cast<int>(power_of_two_at_least(ceil_div(segments, max_warps(element_size, tree.vector))));
   // Few wide rows: more blocks a row, so that more multiprocessors share the latency.
   while (blocks * 2 <= device.max_cluster && blocks < 8 && segments / blocks >= 8 && rows * blocks * 4 <= device.sm_count) {
     blocks *= 2;
@@ -90,7 +87,7 @@ inline RowMapping forward_mapping(const RowTree& tree, std::int64_t rows, int el
     return m;
   }
   m.tier = RowTier::kShared;
-  m.warps = max_warps(Direction::kForward, element_size, tree.vector);
+  m.warps = max_warps(element_size, tree.vector);
   if (forward_shared_bytes(tree, m, 3, element_size, element_size == 8 ? 8 : 4) <= static_cast<std::size_t>(device.shared_bytes)) {
     return m;
   }
@@ -129,14 +126,14 @@ inline std::size_t backward_shared_bytes(const RowTree& tree, const RowMapping& 
   return static_cast<std::size_t>(exchange_values(tree, m) + copies * 2 * block_columns(tree, m)) * accumulate_size;
 }
 
-// Rows of up to 16 segments (4096 columns) in one block; wider ones in a cluster, else split. Two segments per warp would double
-// the width of a block but spill. Rows of few segments take several groups of a run at once. None of the thresholds has been tuned
-// on a GPU yet.
+// Rows of up to 16 segments (4096 columns; 8 for odd widths and float64) in one block; wider ones in a cluster, else split. Two
+// segments per warp would double the width of a block but spill. Rows of few segments take several groups of a run at once. None of
+// the thresholds has been tuned on a GPU yet.
 inline RowMapping backward_mapping(const RowTree& tree, std::int64_t rows, int element_size, const Device& device) {
   const std::int64_t segments = tree.segments;
   const std::int64_t runs = std::max<std::int64_t>(row_runs(rows), 1);
   const std::int64_t groups = std::max<std::int64_t>(ceil_div(ceil_div(rows, runs), kGroupRows), 1);
-  const std::int64_t most = max_warps(Direction::kBackward, element_size, tree.vector);
+  const std::int64_t most = max_warps(element_size, tree.vector);
   RowMapping m;
   if (segments == 1) {
     m.rows_at_once = static_cast<int>(std::min<std::int64_t>(groups, most * rows_per_warp(tree)));
@@ -164,7 +161,7 @@ inline std::string mapping_error(Direction direction, const RowTree& tree, const
                                  const Device& device) {
   const bool forward = direction == Direction::kForward;
   const bool single = tree.segments == 1;
-  const int most = max_warps(direction, element_size, tree.vector);
+  const int most = max_warps(element_size, tree.vector);
   const int accumulate_size = element_size == 8 ? 8 : 4;
   if (m.warps < 1 || m.rows_at_once < 1 || m.blocks_per_row < 1) return "warps, rows_at_once and blocks_per_row start at 1";
   if (m.warps > most) return "at most " + std::to_string(most) + " warps fit a block";
