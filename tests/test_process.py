@@ -30,20 +30,21 @@ def test_fuzz(mode, backend, request):
 
 
 FORK = """
-import os, torch, normext
+import os
+os.environ["NORMEXT_POISON"] = "0"  # torch fills tensors in its pool, which the child no longer has
+import torch, normext
 x = torch.randn(2000, 513)
 expected = normext.layer_norm(x, (513,))
 torch.set_num_threads(2)
 again = normext.layer_norm(x, (513,))
 pid = os.fork()
 if pid == 0:
-    if not normext.layer_norm(x, (513,)).equal(expected):
-        os._exit(2)
+    with_two_threads = normext.layer_norm(x, (513,))
     torch.set_num_threads(1)
     leaf = x.clone().requires_grad_()
     y = normext.layer_norm(leaf, (513,))
     y.sum().backward()
-    same = y.detach().equal(expected) and leaf.grad.isfinite().all()
+    same = y.detach().equal(expected) and with_two_threads.equal(expected) and leaf.grad.isfinite().all()
     os._exit(0 if same else 3)
 assert os.waitpid(pid, 0)[1] == 0, "the child failed"
 assert normext.layer_norm(x, (513,)).equal(expected) and again.equal(expected)
