@@ -28,7 +28,6 @@ struct RowMapping {
 // Warps per block at most: leaves 128 registers a thread, 255 for float64 and for odd widths, where a lane's values cannot be
 // packed; enough for every kernel without spills.
 constexpr int max_warps(std::size_t element_size, int vector) { return element_size == 8 || vector == 1 ? 8 : 16; }
-constexpr int kMaxCluster = 16;
 constexpr int kRunRows = 256;   // backward: rows per run at most, 16 groups of 16
 constexpr int kGroupRows = 16;  // backward: rows added in sequence in registers
 
