@@ -15,7 +15,8 @@ _lean = Op.named("layer_norm").direct
 _inference = Op.named("layer_norm_inference")
 _forward = Op.named("layer_norm_forward")
 _backward = Op.named("layer_norm_backward")
-_add = Op.named("add_layer_norm")
+_add_lean = Op.named("add_layer_norm").direct
+_add_inference = Op.named("add_layer_norm_inference")
 _add_forward = Op.named("add_layer_norm_forward")
 _export = Op.named("layer_norm_export")
 
@@ -64,7 +65,8 @@ _library.register_fakes(
     layer_norm_forward=lambda x, w, b, ndim, eps: _fake(x, None, w, b, ndim)[::2],
     layer_norm_backward=_fake_backward,
     layer_norm_export=lambda x, residual, w, b, ndim, eps, alpha: _fake(x, residual, w, b, ndim),
-    add_layer_norm=lambda x, residual, w, b, ndim, eps, alpha: _fake(x, residual, w, b, ndim)[:2],
+    add_layer_norm=lambda x, residual, w, b, eps, alpha: _fake(x, residual, w, b, w.dim())[:2],
+    add_layer_norm_inference=lambda x, residual, w, b, ndim, eps, alpha: _fake(x, residual, w, b, ndim)[:2],
     add_layer_norm_forward=lambda x, residual, w, b, ndim, eps, alpha: _fake(x, residual, w, b, ndim),
 )
 
@@ -215,7 +217,7 @@ def _compiled(
     elif residual is None:
         found = _inference.overload(input, weight, bias, normalized_ndim, eps), None
     else:
-        found = _add.overload(input, residual, weight, bias, normalized_ndim, eps, alpha)
+        found = _add_inference.overload(input, residual, weight, bias, normalized_ndim, eps, alpha)
     return found[0], found[1]
 
 
@@ -267,9 +269,14 @@ def add_layer_norm(
             return _compiled(input, residual, weight, bias, len(normalized_shape), eps, alpha)
         return _add_unfused(input, residual, normalized_shape, weight, bias, eps, alpha)
     try:
-        ndim = _library.normalized_ndim(input, normalized_shape)
-        call = _apply if _library.any_requires_grad(input, residual, weight, bias) else _add.direct
-        result = call(input, residual, weight, bias, ndim, eps, alpha)
+        differentiated = _library.any_requires_grad(input, residual, weight, bias)
+        known = weight is not None and weight.shape == normalized_shape and type(normalized_shape[-1]) is int
+        if known and bias is not None and not differentiated:
+            result = _add_lean(input, residual, weight, bias, eps, alpha)
+        else:
+            ndim = _library.normalized_ndim(input, normalized_shape)
+            call = _apply if differentiated else _add_inference.direct
+            result = call(input, residual, weight, bias, ndim, eps, alpha)
     except _library.REFUSALS as error:
         _library.check_residual("add_layer_norm", input, residual)
         _library.raise_if_out_of_memory(error, input)

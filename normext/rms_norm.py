@@ -15,7 +15,8 @@ _lean = Op.named("rms_norm").direct
 _inference = Op.named("rms_norm_inference")
 _forward = Op.named("rms_norm_forward")
 _backward = Op.named("rms_norm_backward")
-_add = Op.named("add_rms_norm")
+_add_lean = Op.named("add_rms_norm").direct
+_add_inference = Op.named("add_rms_norm_inference")
 _add_forward = Op.named("add_rms_norm_forward")
 _fused = Op.named("fused_add_rms_norm_")
 _export = Op.named("rms_norm_export")
@@ -78,7 +79,8 @@ _library.register_fakes(
     rms_norm_forward=lambda x, w, ndim, eps, offset, rounding: _fake(x, None, w, ndim, rounding)[::2],
     rms_norm_backward=_fake_backward,
     rms_norm_export=lambda x, residual, w, ndim, eps, offset, rounding: _fake(x, residual, w, ndim, rounding),
-    add_rms_norm=lambda x, residual, w, ndim, eps, offset, rounding: _fake(x, residual, w, ndim, rounding)[:2],
+    add_rms_norm=lambda x, residual, w, eps: _fake(x, residual, w, w.dim())[:2],
+    add_rms_norm_inference=lambda x, residual, w, ndim, eps, offset, rounding: _fake(x, residual, w, ndim, rounding)[:2],
     add_rms_norm_forward=lambda x, residual, w, ndim, eps, offset, rounding: _fake(x, residual, w, ndim, rounding),
     fused_add_rms_norm_=_fake_fused,
 )
@@ -285,7 +287,7 @@ def _compiled(
     elif residual is None:
         found = _inference.overload(input, weight, normalized_ndim, eps, weight_offset, rounding), None
     else:
-        found = _add.overload(input, residual, weight, normalized_ndim, eps, weight_offset, rounding)
+        found = _add_inference.overload(input, residual, weight, normalized_ndim, eps, weight_offset, rounding)
     return found[0], found[1]
 
 
@@ -339,10 +341,15 @@ def add_rms_norm(
             return _compiled(input, residual, weight, ndim, epsilon, weight_offset, _library.ROUNDINGS[rounding])
         return _add_unfused(input, residual, normalized_shape, weight, eps, weight_offset, rounding)
     try:
-        ndim = _library.normalized_ndim(input, normalized_shape)
         epsilon = _EPS[input.dtype] if eps is None else eps
-        call = _apply if _library.any_requires_grad(input, residual, weight) else _add.direct
-        result = call(input, residual, weight, ndim, epsilon, weight_offset, _library.ROUNDINGS[rounding])
+        differentiated = _library.any_requires_grad(input, residual, weight)
+        known = weight is not None and weight.shape == normalized_shape and type(normalized_shape[-1]) is int
+        if known and rounding == "torch" and weight_offset == 0.0 and not differentiated:
+            result = _add_lean(input, residual, weight, epsilon)
+        else:
+            ndim = _library.normalized_ndim(input, normalized_shape)
+            call = _apply if differentiated else _add_inference.direct
+            result = call(input, residual, weight, ndim, epsilon, weight_offset, _library.ROUNDINGS[rounding])
     except _library.REFUSALS as error:
         _check_rounding("add_rms_norm", rounding)
         _library.check_residual("add_rms_norm", input, residual)

@@ -165,7 +165,7 @@ def test_every_inconsistent_companion_is_refused(name, device):
 def test_bad_numbers_are_refused(device):
     """normalized_ndim, rounding and needs outside their range."""
     table = raw_ops.arguments(device=device)
-    for name in ("layer_norm_inference", "rms_norm_inference", "add_layer_norm", "add_rms_norm_forward"):
+    for name in ("layer_norm_inference", "rms_norm_inference", "add_layer_norm_inference", "add_rms_norm_forward"):
         args = list(table[name][0])
         place = next(i for i, a in enumerate(args) if isinstance(a, int))
         for ndim in (0, -1, 3, 2**40):

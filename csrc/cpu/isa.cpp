@@ -72,8 +72,9 @@ const IsaKernels& kernels() {
   return chosen;
 }
 
-// Waking the pool costs some microseconds, in which one core moves this much.
-constexpr std::int64_t kSerialBytes = 192 * 1024;
+// Waking the pool costs a microsecond or two, in which one core handles this much, counted as if 16-bit elements had 32 bits: they
+// take as long. Even at 18000 elements of a norm and 9000 of a fused one.
+constexpr std::int64_t kSerialBytes = 160 * 1024;
 // Rows times columns that a thread works on between two barriers; x and dy of them stay in L2.
 constexpr std::int64_t kChunkBytes = 1 << 20;
 // Rows of a block share one pass over the accumulators as long as x and dy of the block stay in L2.
@@ -135,10 +136,10 @@ void row_forward(RowNorm norm, const RowForwardArgs& args, const Parallel& paral
       std::memset(args.stats, 0, static_cast<std::size_t>(saved * args.rows) * accumulate_size_of(args.dtype));
     return;
   }
-  const std::int64_t row_bytes =
-      args.cols * static_cast<std::int64_t>((args.residual == nullptr ? 1 : 3) * size_of(args.dtype) + size_of(args.output_dtype));
+  const std::int64_t passes = args.residual == nullptr ? 2 : 4;
+  const std::int64_t bytes = args.rows * args.cols * passes * static_cast<std::int64_t>(accumulate_size_of(args.dtype));
   ForwardPlan plan;
-  plan.parallel = threads_for(parallel, args.rows * row_bytes);
+  plan.parallel = threads_for(parallel, args.rows < parallel.threads ? bytes / 2 : bytes);  // rows that are shared wake it twice
   const std::int64_t segments = segments_of(args.cols);
   const bool few_rows = args.rows < plan.parallel.threads && segments > 1;
   std::unique_ptr<double[]> scratch;
@@ -160,8 +161,7 @@ void row_backward(RowNorm norm, const RowBackwardArgs& args, void* workspace, co
   BackwardPlan plan = backward_tree(args);
   plan.sums = workspace;
   plan.row_sums = static_cast<char*>(workspace) + sums_bytes(norm, args, plan);
-  const std::int64_t row_bytes = args.cols * static_cast<std::int64_t>(2 * size_of(args.dtype) + size_of(args.grad_output_dtype));
-  plan.parallel = threads_for(parallel, args.rows * row_bytes);
+  plan.parallel = threads_for(parallel, args.rows * args.cols * 3 * static_cast<std::int64_t>(accumulate_size_of(args.dtype)));
   // Whole runs when every thread gets about as many as the others.
   const std::int64_t tasks = plan.runs == 0 ? args.rows : plan.runs;
   const std::int64_t threads = plan.parallel.threads;

@@ -2,8 +2,10 @@
 //
 // A block of a few rows is read once from memory: the row sums (of g and of g*xhat), then, from cache, grad_input and the block's
 // share of the parameter gradients, which is summed in registers over the rows of the block and added to the accumulators of the
-// run. Sums over rows follow BackwardPlan. Threads take whole runs; with few rows they take columns of all rows instead, a chunk of
-// rows that fits L2 at a time. Both give the same bits, because every column of a run goes through the same additions.
+// run. Sums over rows follow BackwardPlan. Threads take whole runs. Where there are too few runs, threads take rows for grad_input,
+// as in the forward (so that they find in their cache what they left there), then columns of all rows for the parameter gradients;
+// with fewer rows than threads, segments, then columns for both; in chunks of rows that fit L2. All of this gives the same bits:
+// every column of a run goes through the same additions.
 
 #pragma once
 
@@ -99,7 +101,8 @@ struct RowGradient {
     return {Policy::kCentred ? pairwise(of_segment[0], segments) / n : 0, pairwise(of_segment[kSums - 1], segments) / n};
   }
 
-  // Columns [begin, end) of kRows rows. `sums` is null or the accumulators that take the rows' share of the parameter gradients.
+  // Columns [begin, end) of kRows rows: grad_input if `means` are given, and the rows' share of the parameter gradients if `sums`,
+  // the accumulators that take it, are.
   template <int kRows>
   __attribute__((noinline)) void block(std::int64_t row, const GradientMeans<A>* means, A* sums, bool add, std::int64_t begin,
                                        std::int64_t end) const {
@@ -115,7 +118,7 @@ struct RowGradient {
       extra[r] = args.grad_residual_out == nullptr
                      ? nullptr
                      : static_cast<const T*>(args.grad_residual_out) + args.grad_residual_out_layout.offset(row + r);
-      dx[r] = args.grad_input == nullptr ? nullptr : static_cast<T*>(args.grad_input) + (row + r) * args.cols;
+      dx[r] = means == nullptr ? nullptr : static_cast<T*>(args.grad_input) + (row + r) * args.cols;
     }
     const bool round_xhat = args.rounding == Rounding::kLlama;
     const auto unit = [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
@@ -131,7 +134,7 @@ struct RowGradient {
         }
         dw = {fma(g.a, factor.a, dw.a), fma(g.b, factor.b, dw.b)};
         if constexpr (Policy::kCentred) db = {db.a + g.a, db.b + g.b};
-        if (args.grad_input == nullptr) continue;
+        if (means == nullptr) continue;
         g = {g.a * w.a, g.b * w.b};
         Pair<A> d = {Policy::gradient(g.a, xhat.a, stats[r], means[r].g, means[r].gx),
                      Policy::gradient(g.b, xhat.b, stats[r], means[r].g, means[r].gx)};
@@ -169,7 +172,8 @@ struct RowGradient {
   }
 
   // Rows [begin, end) of the run [run_begin, run_end), columns [c0, c1); `begin` is a whole number of blocks into the run.
-  // means(row, count, out) supplies the row means. After the last row, level 0 of `sums` holds the run's sums.
+  // means(row, count, out) supplies the row means, and says whether grad_input is wanted. After the last row, level 0 of `sums`
+  // holds the run's sums.
   template <class Means>
   void rows_of_run(std::int64_t run_begin, std::int64_t run_end, std::int64_t begin, std::int64_t end, std::int64_t c0,
                    std::int64_t c1, A* sums, const Means& means) const {
@@ -178,10 +182,10 @@ struct RowGradient {
     GradientMeans<A> block_means[4];
     for (std::int64_t row = begin; row < end;) {
       const std::int64_t count = end - row >= plan.block ? plan.block : 1;
-      if (args.grad_input != nullptr) means(row, count, block_means);
+      const GradientMeans<A>* wanted = means(row, count, block_means) ? block_means : nullptr;
       const bool add = blocks % kTermsPerSum != 0;
-      if (count == 4) block<4>(row, block_means, sums, add, c0, c1);
-      else block<1>(row, block_means, sums, add, c0, c1);
+      if (count == 4) block<4>(row, wanted, sums, add, c0, c1);
+      else block<1>(row, wanted, sums, add, c0, c1);
       row += count;
       ++blocks;
       if (sums == nullptr) continue;
@@ -208,10 +212,15 @@ struct RowGradient {
   }
   std::int64_t first_row(std::int64_t run) const { return args.rows * run / plan.runs; }
 
+  // Row means from the rows themselves.
+  NORMEXT_INLINE bool compute_means(std::int64_t row, std::int64_t count, GradientMeans<A>* out) const {
+    if (args.grad_input == nullptr) return false;
+    for (std::int64_t r = 0; r < count; ++r) out[r] = row_means(row + r);
+    return true;
+  }
+
   void run_by_run() const {
-    const auto means = [&](std::int64_t row, std::int64_t count, GradientMeans<A>* out) {
-      for (std::int64_t r = 0; r < count; ++r) out[r] = row_means(row + r);
-    };
+    const auto means = [&](std::int64_t row, std::int64_t count, GradientMeans<A>* out) { return compute_means(row, count, out); };
     for_ranges(plan.parallel, plan.runs == 0 ? args.rows : plan.runs, [&](std::int64_t begin, std::int64_t end) {
       if (plan.runs == 0) return rows_of_run(begin, end, begin, end, 0, args.cols, nullptr, means);
       for (std::int64_t run = begin; run < end; ++run) {
@@ -221,8 +230,29 @@ struct RowGradient {
     });
   }
 
-  // One chunk of rows: its row sums, segments shared out; then everything else, columns shared out in the same order.
-  void chunk_by_columns(std::int64_t run_begin, std::int64_t run_end, std::int64_t begin, std::int64_t end, A* sums) const {
+  // The same columns of the rows [begin, end), shared out.
+  template <class Means>
+  void columns_of_rows(std::int64_t run_begin, std::int64_t run_end, std::int64_t begin, std::int64_t end, A* sums,
+                       const Means& means) const {
+    for_ranges(plan.parallel, (args.cols + kColumnTask - 1) / kColumnTask, [&](std::int64_t first, std::int64_t last) {
+      rows_of_run(run_begin, run_end, begin, end, first * kColumnTask, smaller(last * kColumnTask, args.cols), sums, means);
+    });
+  }
+
+  // One chunk of at least as many rows as threads: rows shared out for grad_input, then columns for the parameter gradients.
+  void chunk_by_rows(std::int64_t run_begin, std::int64_t run_end, std::int64_t begin, std::int64_t end, A* sums) const {
+    const auto means = [&](std::int64_t row, std::int64_t count, GradientMeans<A>* out) { return compute_means(row, count, out); };
+    const auto none = [](std::int64_t, std::int64_t, GradientMeans<A>*) { return false; };
+    if (args.grad_input != nullptr) {
+      for_ranges(plan.parallel, end - begin, [&](std::int64_t first, std::int64_t last) {
+        rows_of_run(begin + first, begin + last, begin + first, begin + last, 0, args.cols, nullptr, means);
+      });
+    }
+    if (sums != nullptr) columns_of_rows(run_begin, run_end, begin, end, sums, none);
+  }
+
+  // One chunk of few rows: its row sums, segments shared out; then everything else, columns shared out.
+  void chunk_by_segments(std::int64_t run_begin, std::int64_t run_end, std::int64_t begin, std::int64_t end, A* sums) const {
     const std::int64_t segments = segments_of(args.cols), rows = end - begin;
     A* row_sums = static_cast<A*>(plan.row_sums);
     const auto of_row = [&](std::int64_t r, int q) { return row_sums + (r * 2 + q) * segments; };
@@ -239,20 +269,22 @@ struct RowGradient {
         for (int q = 0; q < kSums; ++q) of_row(r, q)[0] = pairwise(of_row(r, q), segments) / static_cast<A>(args.cols);
       }
     }
-    const auto means = [&](std::int64_t row, std::int64_t count, GradientMeans<A>* out) {
+    columns_of_rows(run_begin, run_end, begin, end, sums, [&](std::int64_t row, std::int64_t count, GradientMeans<A>* out) {
+      if (args.grad_input == nullptr) return false;
       for (std::int64_t r = 0; r < count; ++r) out[r] = {of_row(row + r - begin, 0)[0], of_row(row + r - begin, kSums - 1)[0]};
-    };
-    for_ranges(plan.parallel, (args.cols + kColumnTask - 1) / kColumnTask, [&](std::int64_t first, std::int64_t last) {
-      rows_of_run(run_begin, run_end, begin, end, first * kColumnTask, smaller(last * kColumnTask, args.cols), sums, means);
+      return true;
     });
   }
 
   void by_columns() const {
     const std::int64_t runs = plan.runs == 0 ? 1 : plan.runs;
+    const bool wide = segments_of(args.cols) > kMaxSegments;  // a row's sums do not fit one thread's stack
     for (std::int64_t run = 0; run < runs; ++run) {
       const std::int64_t from = args.rows * run / runs, to = args.rows * (run + 1) / runs;
       for (std::int64_t row = from; row < to; row += plan.chunk) {
-        chunk_by_columns(from, to, row, smaller(row + plan.chunk, to), sums_of_run(run));
+        const std::int64_t end = smaller(row + plan.chunk, to);
+        if (wide || end - row < plan.parallel.threads) chunk_by_segments(from, to, row, end, sums_of_run(run));
+        else chunk_by_rows(from, to, row, end, sums_of_run(run));
       }
     }
   }

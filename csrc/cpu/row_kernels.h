@@ -27,8 +27,9 @@ constexpr std::int64_t kScratchPerRow = 3;
 // through `levels` accumulators of kTermsPerSum terms each. All of this depends on the shape only.
 struct BackwardPlan {
   Parallel parallel;
-  bool by_columns = false;  // threads share columns, `chunk` rows at a time; otherwise whole runs (or rows, without runs)
-  std::int64_t runs = 0;    // 0: no parameter gradient is wanted
+  bool by_columns =
+      false;              // threads share rows and columns of `chunk` rows at a time; otherwise whole runs (or rows, without runs)
+  std::int64_t runs = 0;  // 0: no parameter gradient is wanted
   std::int64_t block = 1;
   std::int64_t levels = 1;
   std::int64_t padded_cols = 0;

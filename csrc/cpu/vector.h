@@ -131,13 +131,14 @@ NORMEXT_INLINE Vector<A> transposed_sums(Vector<A>* v) {
   if constexpr (kHalf > 1) return transposed_sums<A, kHalf / 2>(v);
   else return v[0];
 }
-// out[r] = sum of the lanes of row[r], for `count` rows; both arrays hold a whole number of vectors. Overwrites row.
+// out[r] = sum of the lanes of row[r], for `count` rows; both arrays hold a whole number of vectors, of which the absent ones count
+// for nothing. Overwrites row.
 template <class A>
 NORMEXT_INLINE void sum_lanes_of_rows(Vector<A>* row, int count, A* out) {
   int r = 0;
   for (; r < count; r += kLanes<A>) {
     if (count - r < kLanes<A> / 2) break;
-    for (int absent = count; absent < r + kLanes<A>; ++absent) row[absent] = Vector<A>{};
+    for (int absent = count; absent < r + kLanes<A>; ++absent) row[absent] = row[r];
     store_bytes(out + r, transposed_sums<A, kLanes<A> / 2>(row + r));
   }
   for (; r < count; ++r) out[r] = sum_lanes<A>(row[r]);

@@ -17,7 +17,7 @@ RowForward request(const char* op, const Tensor& input, const Tensor* weight, co
   return request;
 }
 
-// The lean form: fewer arguments cross the dispatcher, which costs as much as the kernel on a small input.
+// The lean forms: fewer arguments cross the dispatcher, and none is optional, which costs as much as the kernel on a small input.
 Tensor layer_norm(const Tensor& input, const Tensor& weight, const Tensor& bias, double eps) {
   return row_forward(request("layer_norm", input, &weight, &bias, weight.ndim(), eps)).output;
 }
@@ -35,25 +35,32 @@ std::tuple<Tensor, Tensor> layer_norm_forward(const Tensor& input, const Optiona
   return {std::move(result.output), std::move(result.stats)};
 }
 
-RowForwardResult add_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
+RowForwardResult add_forward(const Tensor& input, const Tensor& residual, const Tensor* weight, const Tensor* bias,
                              std::int64_t normalized_ndim, double eps, double alpha, bool save_stats) {
-  RowForward forward = request("add_layer_norm", input, weight.or_null(), bias.or_null(), normalized_ndim, eps);
+  RowForward forward = request("add_layer_norm", input, weight, bias, normalized_ndim, eps);
   forward.residual = &residual;
   forward.alpha = alpha;
   forward.save_stats = save_stats;
   return row_forward(forward);
 }
 
-std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
-                                          const OptionalTensor& bias, std::int64_t normalized_ndim, double eps, double alpha) {
-  RowForwardResult result = add_forward(input, residual, weight, bias, normalized_ndim, eps, alpha, false);
+std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& input, const Tensor& residual, const Tensor& weight, const Tensor& bias,
+                                          double eps, double alpha) {
+  RowForwardResult result = add_forward(input, residual, &weight, &bias, weight.ndim(), eps, alpha, false);
+  return {std::move(result.output), std::move(result.residual_out)};
+}
+
+std::tuple<Tensor, Tensor> add_layer_norm_inference(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
+                                                    const OptionalTensor& bias, std::int64_t normalized_ndim, double eps,
+                                                    double alpha) {
+  RowForwardResult result = add_forward(input, residual, weight.or_null(), bias.or_null(), normalized_ndim, eps, alpha, false);
   return {std::move(result.output), std::move(result.residual_out)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
                                                           const OptionalTensor& bias, std::int64_t normalized_ndim, double eps,
                                                           double alpha) {
-  RowForwardResult result = add_forward(input, residual, weight, bias, normalized_ndim, eps, alpha, true);
+  RowForwardResult result = add_forward(input, residual, weight.or_null(), bias.or_null(), normalized_ndim, eps, alpha, true);
   return {std::move(result.output), std::move(result.residual_out), std::move(result.stats)};
 }
 
@@ -94,9 +101,13 @@ const bool defined = [] {
       "Tensor? bias, int normalized_ndim, int needs) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
       boxed<layer_norm_backward>);
   define(
-      "add_layer_norm(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, int normalized_ndim, float eps, "
-      "float alpha) -> (Tensor output, Tensor residual_out)",
+      "add_layer_norm(Tensor input, Tensor residual, Tensor weight, Tensor bias, float eps, float alpha) "
+      "-> (Tensor output, Tensor residual_out)",
       boxed<add_layer_norm>);
+  define(
+      "add_layer_norm_inference(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, int normalized_ndim, float eps, "
+      "float alpha) -> (Tensor output, Tensor residual_out)",
+      boxed<add_layer_norm_inference>);
   define(
       "add_layer_norm_forward(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, int normalized_ndim, "
       "float eps, float alpha) -> (Tensor output, Tensor residual_out, Tensor stats)",

@@ -18,7 +18,7 @@ RowForward request(const char* op, const Tensor& input, const Tensor* weight, st
   return request;
 }
 
-// The lean form: fewer arguments cross the dispatcher, which costs as much as the kernel on a small input.
+// The lean forms: fewer arguments cross the dispatcher, and none is optional, which costs as much as the kernel on a small input.
 Tensor rms_norm(const Tensor& input, const Tensor& weight, double eps) {
   return row_forward(request("rms_norm", input, &weight, weight.ndim(), eps)).output;
 }
@@ -36,25 +36,30 @@ std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& input, const OptionalT
   return {std::move(result.output), std::move(result.stats)};
 }
 
-RowForwardResult add_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
-                             std::int64_t normalized_ndim, double eps, double weight_offset, std::int64_t rounding,
-                             bool save_stats) {
-  RowForward forward = request("add_rms_norm", input, weight.or_null(), normalized_ndim, eps, weight_offset, rounding);
+RowForwardResult add_forward(const Tensor& input, const Tensor& residual, const Tensor* weight, std::int64_t normalized_ndim,
+                             double eps, double weight_offset, std::int64_t rounding, bool save_stats) {
+  RowForward forward = request("add_rms_norm", input, weight, normalized_ndim, eps, weight_offset, rounding);
   forward.residual = &residual;
   forward.save_stats = save_stats;
   return row_forward(forward);
 }
 
-std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
-                                        std::int64_t normalized_ndim, double eps, double weight_offset, std::int64_t rounding) {
-  RowForwardResult result = add_forward(input, residual, weight, normalized_ndim, eps, weight_offset, rounding, false);
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& input, const Tensor& residual, const Tensor& weight, double eps) {
+  RowForwardResult result = add_forward(input, residual, &weight, weight.ndim(), eps, 0.0, 0, false);
+  return {std::move(result.output), std::move(result.residual_out)};
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm_inference(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
+                                                  std::int64_t normalized_ndim, double eps, double weight_offset,
+                                                  std::int64_t rounding) {
+  RowForwardResult result = add_forward(input, residual, weight.or_null(), normalized_ndim, eps, weight_offset, rounding, false);
   return {std::move(result.output), std::move(result.residual_out)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
                                                         std::int64_t normalized_ndim, double eps, double weight_offset,
                                                         std::int64_t rounding) {
-  RowForwardResult result = add_forward(input, residual, weight, normalized_ndim, eps, weight_offset, rounding, true);
+  RowForwardResult result = add_forward(input, residual, weight.or_null(), normalized_ndim, eps, weight_offset, rounding, true);
   return {std::move(result.output), std::move(result.residual_out), std::move(result.stats)};
 }
 
@@ -104,10 +109,12 @@ const bool defined = [] {
       "rms_norm_backward(Tensor grad_output, Tensor? grad_residual_out, Tensor input, Tensor stats, Tensor? weight, "
       "int normalized_ndim, float weight_offset, int rounding, int needs) -> (Tensor grad_input, Tensor grad_weight)",
       boxed<rms_norm_backward>);
+  define("add_rms_norm(Tensor input, Tensor residual, Tensor weight, float eps) -> (Tensor output, Tensor residual_out)",
+         boxed<add_rms_norm>);
   define(
-      "add_rms_norm(Tensor input, Tensor residual, Tensor? weight, int normalized_ndim, float eps, "
+      "add_rms_norm_inference(Tensor input, Tensor residual, Tensor? weight, int normalized_ndim, float eps, "
       "float weight_offset, int rounding) -> (Tensor output, Tensor residual_out)",
-      boxed<add_rms_norm>);
+      boxed<add_rms_norm_inference>);
   define(
       "add_rms_norm_forward(Tensor input, Tensor residual, Tensor? weight, int normalized_ndim, float eps, "
       "float weight_offset, int rounding) -> (Tensor output, Tensor residual_out, Tensor stats)",
