@@ -86,7 +86,7 @@ def any_requires_grad(*tensors: Tensor | None) -> bool:
 
 def autocast_active(input: Tensor) -> bool:
     """CUDA autocast only: that of the CPU leaves norms alone."""
-    return input.is_cuda and torch.is_autocast_enabled("cuda")
+    return isinstance(input, Tensor) and input.is_cuda and torch.is_autocast_enabled("cuda")
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -101,12 +101,16 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 def accepts_dtypes(input: Tensor, *parameters: Tensor | None) -> bool:
     """Parameters of the input's dtype, or float32 with 16-bit input, and all alike."""
+    if not all(isinstance(tensor, Tensor) for tensor in (input, *parameters) if tensor is not None):
+        return False
     given = {parameter.dtype for parameter in parameters if parameter is not None}
     allowed = ({input.dtype}, {torch.float32}) if input.dtype in _NARROW else ({input.dtype},)
     return input.dtype in _DTYPES and (not given or given in allowed)
 
 
 def accepts_shapes(input: Tensor, normalized_shape: Sequence[int], *parameters: Tensor | None) -> bool:
+    if not isinstance(normalized_shape, Sequence) or any(isinstance(size, float) for size in normalized_shape):
+        return False  # (3.0,) equals (3,), and torch refuses it
     shape = tuple(normalized_shape)
     return (
         len(shape) > 0
@@ -153,14 +157,19 @@ def torchs_error(error: Exception, function: Callable[..., Any], *args: Any) -> 
             function(*args)
     except Exception as theirs:
         return theirs
-    return error
+    return out_of_memory(args[0]) if isinstance(error, MemoryError) else error
+
+
+def out_of_memory(input: Tensor) -> Exception:
+    """A failed allocation in torch's class for the device."""
+    text = f"normext: no memory for a result of shape {list(input.shape)} on {input.device}"
+    return torch.OutOfMemoryError(text) if input.is_cuda else RuntimeError(text)
 
 
 def raise_if_out_of_memory(error: Exception, input: Tensor) -> None:
-    """An op without a torch namesake reports a failed allocation itself, in torch's class for the device."""
+    """An op without a torch namesake reports a failed allocation itself."""
     if isinstance(error, MemoryError):
-        text = f"normext: no memory for a result of shape {list(input.shape)} on {input.device}"
-        raise (torch.OutOfMemoryError(text) if input.is_cuda else RuntimeError(text)) from None
+        raise out_of_memory(input) from None
 
 
 Gradients = tuple[Tensor | None, ...]
@@ -182,9 +191,10 @@ def gradients(
     The kernel's values whether or not they must be differentiable, so create_graph changes no bit; derivatives of higher
     order are the reference's. Under a transform everything is the reference's."""
     if not (is_grad_enabled() or transformed()) or is_compiling():
-        call = kernel.overload if is_dynamo_compiling() else kernel.direct
+        if not is_dynamo_compiling():
+            return _kernel_gradients(kernel.direct, needs, stats, kernel_arguments, grad_output, grad_residual_out, *primals)
         input, *parameters = primals
-        found = call(grad_output, grad_residual_out, input, stats, *parameters, *kernel_arguments, needs)
+        found = kernel.overload(grad_output, grad_residual_out, input, stats, *parameters, *kernel_arguments, needs)
         return _present(found, needs)
     # A needed parameter that was not saved is like the first one, and no gradient depends on its value.
     primals = tuple(
@@ -208,7 +218,11 @@ def _kernel_gradients(
     input: Tensor | None,
     *parameters: Tensor | None,
 ) -> Gradients:
-    return _present(kernel(grad_output, grad_residual_out, input, stats, *parameters, *kernel_arguments, needs), needs)
+    try:
+        found = kernel(grad_output, grad_residual_out, input, stats, *parameters, *kernel_arguments, needs)
+    except MemoryError:
+        raise out_of_memory(grad_output) from None
+    return _present(found, needs)
 
 
 def _present(found: Gradients, needs: int) -> Gradients:

@@ -399,8 +399,11 @@ def fused_add_rms_norm_(input: Tensor, residual: Tensor, weight: Tensor, eps: fl
         )
     if _library.transformed():
         _library.check_residual("fused_add_rms_norm_", input, residual)
-        residual.add_(input)
-        input.copy_(rms_norm(residual, weight.shape, weight, eps))
+        if input is residual:
+            raise RuntimeError("fused_add_rms_norm_: expected input and residual to be different tensors, got the same")
+        output, summed = _add_unfused(input, residual, weight.shape, weight, eps, 0.0, "torch")
+        residual.copy_(summed)
+        input.copy_(output)
         return
     try:
         (_fused.overload if is_dynamo_compiling() else _fused.direct)(input, residual, weight, eps)

@@ -1,5 +1,7 @@
 """Bad input: torch's class and text, compared with torch's own function as installed, and nothing changed by the attempt."""
 
+import importlib
+
 import cases
 import pytest
 import torch
@@ -114,12 +116,16 @@ def fused_calls(device):
         "residual broadcast": (x, x[:1], (8,)),
         "residual dtype": (x, x.half(), (8,)),
         "residual device": (x, x.to("meta"), (8,)),
-        "residual None": (x, None, (8,)),
         "normalized_shape": (x, x, (7,)),
         "empty normalized_shape": (x, x, ()),
         "weight shape": (x, x, (8,), weight[:4]),
         "integers": (x.long(), x.long(), (8,)),
         "weight dtype": (x, x, (8,), weight.double()),
+        "input None": (None, x, (8,)),
+        "residual None": (x, None, (8,)),
+        "weight a list": (x, x, (8,), [1.0] * 8),
+        "shape a number": (x, x, 8),
+        "shape of floats": (x, x, (8.0,)),
     }
 
 
@@ -132,6 +138,44 @@ def test_fused_ops_refuse_in_one_sentence(op, name, device):
     kind, text = attempt(getattr(normext, op), *fused_calls(device)[name]) or (None, None)
     assert kind in ("RuntimeError", "ValueError", "TypeError", "NotImplementedError")
     assert text and "\n" not in text and ".cpp" not in text and ".h:" not in text
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+def test_float_shapes_are_refused_under_transforms_too(op, device):
+    """(8.0,) equals (8,), but torch refuses it."""
+    norm, x = getattr(normext, op), X.to(device)
+    for call in (lambda x: norm(x, (8.0,)), torch.func.vmap(lambda x: norm(x, (8.0,)))):
+        with pytest.raises(TypeError):
+            call(x)
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
+def test_no_memory_is_torchs_class(op, device):
+    """A result larger than any memory: RuntimeError on the CPU, torch.OutOfMemoryError on CUDA, never MemoryError."""
+    huge = torch.zeros(1, device=device).expand(2**44, 8)
+    arguments = (huge, huge, (8,)) if op.startswith("add") else (huge, (8,))
+    with pytest.raises(torch.OutOfMemoryError if device == "cuda" else RuntimeError):
+        getattr(normext, op)(*arguments)
+
+
+def test_no_memory_in_backward_is_torchs_class(device, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    module = importlib.import_module("normext.layer_norm")
+    monkeypatch.setattr(module, "_backward", module._backward._replace(direct=no_memory))
+    y = normext.layer_norm(X.to(device).clone().requires_grad_(), (8,))
+    with pytest.raises(torch.OutOfMemoryError if device == "cuda" else RuntimeError, match="no memory"):
+        y.sum().backward()
+
+
+def test_in_place_under_a_transform_changes_nothing_it_refuses(device):
+    x, residual, weight = X.to(device).clone(), X.to(device).clone(), torch.ones(5, device=device)
+    before = residual.clone()
+    fused = torch.func.vmap(lambda x, r: normext.fused_add_rms_norm_(x, r, weight, 1e-6) or x)
+    with pytest.raises(RuntimeError):
+        fused(x, residual)
+    assert residual.equal(before)
 
 
 @pytest.mark.parametrize("rounding", ["gemma", "", None, 1])

@@ -214,3 +214,10 @@ def test_in_place_add_rms_norm(dtype, params, backend):
         x, residual = t.x.clone(), t.residual.clone()
         assert normext.fused_add_rms_norm_(x, residual, t.weight, 1e-6) is None
         assert x.equal(expected[0]) and residual.equal(expected[1])
+
+
+def test_negative_zero_weight_keeps_its_sign(backend):
+    """xhat * -0.0 is -0.0 for positive xhat, as in torch: no offset is added where there is none."""
+    x = torch.ones(2, 8, device=backend.device)
+    y = normext.rms_norm(x, (8,), torch.full((8,), -0.0, device=backend.device))
+    assert y.eq(0).all() and y.signbit().all()

@@ -82,7 +82,7 @@ def test_repeated_runs_and_thread_counts(case, backend):
             assert all(one.equal(other) for one, other in zip(found, expected, strict=True)), threads
 
 
-@pytest.mark.parametrize("rows, cols", [(8, 65536), (1, 200000), (20000, 33)])
+@pytest.mark.parametrize("rows, cols", [(8, 65536), (1, 200000), (20000, 33), (60, 65536), (70, 20000), (100, 4096)])
 @pytest.mark.parametrize("op", ["layer_norm", "add_rms_norm"])
 def test_thread_counts_on_unbalanced_shapes(op, rows, cols, backend):
     case = cases.Case(op, rows=rows, cols=cols)

@@ -59,6 +59,28 @@ def test_fork_after_use(backend):
     child(backend, "-c", FORK, timeout=60)
 
 
+FORK_BEFORE_USE = """
+import os
+os.environ["NORMEXT_POISON"] = "0"
+import torch, normext
+x = torch.randn(2000, 513)
+torch.set_num_threads(2)
+(x * x).sum()  # wakes torch's pool
+if os.fork() == 0:
+    y = normext.layer_norm(x, (513,))
+    torch.set_num_threads(1)  # for torch's own functions
+    os._exit(0 if y.isfinite().all() else 3)
+assert os.wait()[1] == 0, "the child failed"
+"""
+
+
+def test_fork_before_use(backend):
+    """The child of a process that has only imported normext, and used torch's threads, computes, too."""
+    if backend.device == "cuda":
+        pytest.skip("CUDA itself does not survive fork")
+    child(backend, "-c", FORK_BEFORE_USE, timeout=60)
+
+
 def test_import_touches_no_cuda(backend):
     """Importing must not initialise CUDA: it would poison every later fork."""
     child(backend, "-c", "import torch, normext; assert not torch.cuda.is_initialized()")

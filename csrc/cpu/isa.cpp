@@ -73,10 +73,12 @@ const IsaKernels& kernels() {
 }
 
 // Waking the pool costs a microsecond or two, in which one core handles this much, counted as if 16-bit elements had 32 bits: they
-// take as long. Even at 18000 elements of a norm and 9000 of a fused one.
+// take as long. Measured even at about 18000 elements of a norm and 9000 of a fused one.
 constexpr std::int64_t kSerialBytes = 160 * 1024;
-// Rows times columns that a thread works on between two barriers; x and dy of them stay in L2.
-constexpr std::int64_t kChunkBytes = 1 << 20;
+// Bytes of x and dy that all threads together work on between two barriers; they stay in L2.
+constexpr std::int64_t kChunkBytes = 2 << 20;
+// Columns of grad_weight and grad_bias that one thread takes at least.
+constexpr std::int64_t kColumnsPerThread = 256;
 // Rows of a block share one pass over the accumulators as long as x and dy of the block stay in L2.
 constexpr std::int64_t kBlockRows = 4;
 constexpr std::int64_t kBlockCols = 32768;
@@ -96,7 +98,7 @@ BackwardPlan backward_tree(const RowBackwardArgs& args) {
   plan.block = args.cols <= kBlockCols ? kBlockRows : 1;
   // Rows that are handled between two barriers when threads share columns: whole blocks.
   const std::int64_t row_bytes = std::max<std::int64_t>(args.cols, 1) * 2 * static_cast<std::int64_t>(size_of(args.dtype));
-  plan.chunk = std::max(kBlockRows, 2 * kChunkBytes / row_bytes / kBlockRows * kBlockRows);
+  plan.chunk = std::max(kBlockRows, kChunkBytes / row_bytes / kBlockRows * kBlockRows);
   plan.chunk = std::min(plan.chunk, std::max<std::int64_t>(args.rows, 1));
   if (args.grad_weight == nullptr && args.grad_bias == nullptr) return plan;
   plan.runs = run_count(args.rows);
@@ -162,11 +164,13 @@ void row_backward(RowNorm norm, const RowBackwardArgs& args, void* workspace, co
   plan.sums = workspace;
   plan.row_sums = static_cast<char*>(workspace) + sums_bytes(norm, args, plan);
   plan.parallel = threads_for(parallel, args.rows * args.cols * 3 * static_cast<std::int64_t>(accumulate_size_of(args.dtype)));
-  // Whole runs when every thread gets about as many as the others.
-  const std::int64_t tasks = plan.runs == 0 ? args.rows : plan.runs;
+  // Whole runs, unless sharing the inside of every run keeps more threads busy, a quarter of that lost to its barriers.
   const std::int64_t threads = plan.parallel.threads;
-  const bool uneven = tasks < 8 * threads && tasks % threads != 0;
-  plan.by_columns = (uneven && args.cols > kMaxUnit) || segments_of(args.cols) > kMaxSegments;
+  const auto busy = [threads](std::int64_t tasks) {
+    return static_cast<double>(tasks) / static_cast<double>((tasks + threads - 1) / threads * threads);
+  };
+  const double inside = busy((args.cols + kColumnsPerThread - 1) / kColumnsPerThread);
+  plan.inside_runs = busy(plan.runs == 0 ? args.rows : plan.runs) < 0.75 * inside || segments_of(args.cols) > kMaxSegments;
   kernels().row[static_cast<int>(norm)].backward(args, plan);
 }
 

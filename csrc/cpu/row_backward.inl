@@ -276,7 +276,7 @@ struct RowGradient {
     });
   }
 
-  void by_columns() const {
+  void inside_runs() const {
     const std::int64_t runs = plan.runs == 0 ? 1 : plan.runs;
     const bool wide = segments_of(args.cols) > kMaxSegments;  // a row's sums do not fit one thread's stack
     for (std::int64_t run = 0; run < runs; ++run) {
@@ -315,7 +315,7 @@ struct RowGradient {
 template <class Policy, class T, class P, class G>
 void backward_with_types(const RowBackwardArgs& args, const cpu::BackwardPlan& plan) {
   const RowGradient<Policy, T, P, G> gradient{args, plan};
-  if (plan.by_columns) gradient.by_columns();
+  if (plan.inside_runs) gradient.inside_runs();
   else gradient.run_by_run();
   if (plan.runs == 0) return;
   gradient.finish_parameters(0, static_cast<P*>(args.grad_weight));

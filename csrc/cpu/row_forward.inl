@@ -18,16 +18,34 @@ namespace {
 
 constexpr int kMaxBatch = 16;                // rows; a whole number of vectors
 constexpr std::int64_t kBatchBytes = 16384;  // a third of L1
-// Fetching the next batch ahead. LayerNorm in float32 does so between its loads of the deviations, which come from L1: 4 to 10 % at
-// any size. The others have no such pass of mere arithmetic and do it while they write, if the input comes from memory: 2048x1024
-// and 4096x4096 take 2 to 6 % less time in float32 and 10 to 25 % in bfloat16; in L2 that would cost 5 %.
-constexpr std::int64_t kFetchBytes = 1 << 20;
-template <class Policy, class T>
-constexpr bool kFetchEarly = Policy::kCentred && sizeof(T) >= 4;
+// Rows are fetched a batch ahead. An input that comes from memory in equal shares by all passes over the batch before, so that
+// memory is busy during mere arithmetic, too: 3 to 10 % less time than fetching in one pass, 20 % at 4096x4096 in bfloat16. In L2
+// prefetches cost more than they bring, except in the pass of LayerNorm in float32 that only reads L1: 4 to 10 %.
+constexpr std::int64_t kFarBytes = 3 << 20;  // of input
+enum class Source { kNear, kFar };
 
-template <class T>
-NORMEXT_INLINE void fetch_unit(const T* p) {
-  for (int at = 0; at < kUnit<Accumulate<T>>; at += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(p + at);
+// To be fetched during a pass, unit by unit: one of kShares shares of a row. 0: nothing.
+template <class T, int kShares>
+struct Ahead {
+  static constexpr int kUnitBytes = kUnit<Accumulate<T>> * static_cast<int>(sizeof(T));
+  const T* begin;
+
+  NORMEXT_INLINE void fetch(std::int64_t column) const {
+    if constexpr (kShares > 0) {
+      for (int byte = 0; byte * kShares < kUnitBytes; byte += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(begin + column / kShares) + byte);
+      }
+    }
+  }
+};
+// How many passes share the work in a batch: of all `passes`, or of the one over deviations alone.
+template <class Policy, class T, Source kSource, int kPass>
+constexpr int kShares = kSource == Source::kFar ? (Policy::kCentred ? 3 : 2) : (kPass == 1 && Policy::kCentred && sizeof(T) >= 4);
+
+template <int kShares, class T>
+NORMEXT_INLINE Ahead<T, kShares> ahead(const T* row, std::int64_t cols, int share) {
+  if constexpr (kShares == 0) return {};
+  else return {row + cols * share / kShares};
 }
 
 // unit(column, extent) for the units of columns [begin, end), a whole number of units from the start of the row.
@@ -92,13 +110,15 @@ struct RowSource {
 };
 
 // Sum of the columns, or of their squares.
-template <class Policy, class T, bool kResidual>
-NORMEXT_INLINE Vector<Accumulate<T>> first_sum(const RowSource<T, kResidual>& row, std::int64_t begin, std::int64_t cols) {
+template <class Policy, class T, bool kResidual, class Next>
+NORMEXT_INLINE Vector<Accumulate<T>> first_sum(const RowSource<T, kResidual>& row, std::int64_t begin, std::int64_t cols,
+                                               Next next) {
   using A = Accumulate<T>;
   Vector<A> sum[1];
   sum_columns<A>(
       cols,
       [&](std::int64_t column, auto extent, Sums<A, 1>& sums) __attribute__((always_inline)) {
+        next.fetch(column);
         const Pair<A> x = row.first(begin + column, extent);
         Pair<A>& s = sums.of[0];
         if constexpr (Policy::kCentred) s = {s.a + x.a, s.b + x.b};
@@ -109,14 +129,14 @@ NORMEXT_INLINE Vector<Accumulate<T>> first_sum(const RowSource<T, kResidual>& ro
 }
 
 // Sums of the deviations from `mean` and of their squares.
-template <class T>
-NORMEXT_INLINE void deviation_sums(const T* x, const T* next, Accumulate<T> mean, std::int64_t cols,
+template <class T, class Next>
+NORMEXT_INLINE void deviation_sums(const T* x, Next next, Accumulate<T> mean, std::int64_t cols,
                                    Vector<Accumulate<T>> (&sums_out)[2]) {
   using A = Accumulate<T>;
   sum_columns<A>(
       cols,
       [&](std::int64_t column, auto extent, Sums<A, 2>& sums) __attribute__((always_inline)) {
-        if (next != nullptr) fetch_unit(next + column);
+        next.fetch(column);
         const Pair<A> v = load<T>(x + column, extent);
         const Pair<A> d = keep<T>({v.a - mean, v.b - mean}, extent);
         Pair<A>&s = sums.of[0], &s2 = sums.of[1];
@@ -131,11 +151,11 @@ template <class Policy, class T, bool kResidual>
 NORMEXT_INLINE Moments<Accumulate<T>> segment_moments(const RowSource<T, kResidual>& row, std::int64_t segment, std::int64_t cols) {
   using A = Accumulate<T>;
   const std::int64_t begin = segment * kSegment, n = segment_cols(segment, cols);
-  const A sum = sum_lanes<A>(first_sum<Policy>(row, begin, n));
+  const A sum = sum_lanes<A>(first_sum<Policy>(row, begin, n, Ahead<T, 0>{}));
   if constexpr (Policy::kCentred) {
     const A mean = sum / static_cast<A>(n);
     Vector<A> sums[2];
-    const T* next = kFetchEarly<Policy, T> && begin + n < cols ? row.input + begin + n : nullptr;
+    const auto next = ahead<kShares<Policy, T, Source::kNear, 1>>(row.input + (begin + n < cols ? begin + n : begin), n, 0);
     deviation_sums<T>(row.stored() + begin, next, mean, n, sums);
     return moments(mean, sum_lanes<A>(sums[0]), sum_lanes<A>(sums[1]), static_cast<A>(n));
   } else {
@@ -153,8 +173,14 @@ NORMEXT_INLINE typename Policy::template Row<A> finish_row(const Moments<A>* seg
   }
 }
 
+// The row to fetch while row r of a batch is worked on: the same of the next batch, of which `following` rows exist.
+template <class T>
+NORMEXT_INLINE const T* next_row(const RowForwardArgs& args, std::int64_t first_row, int count, std::int64_t following, int r) {
+  return static_cast<const T*>(args.input) + args.input_layout.offset(first_row + (r < following ? count : 0) + r);
+}
+
 // Second half of batch_statistics where the mean counts: sums[0] holds the sums of the rows.
-template <class T, bool kResidual>
+template <class T, bool kResidual, Source kSource>
 NORMEXT_INLINE void centre_batch(const RowForwardArgs& args, std::int64_t first_row, int count, std::int64_t following,
                                  Vector<Accumulate<T>> (&of_row)[2][kMaxBatch], Accumulate<T> (&sums)[3][kMaxBatch],
                                  RowBatch<Accumulate<T>>& batch) {
@@ -164,8 +190,8 @@ NORMEXT_INLINE void centre_batch(const RowForwardArgs& args, std::int64_t first_
   for (int r = 0; r < count; r += kLanes<A>) store_bytes(sums[0] + r, load_bytes<V>(sums[0] + r) / n);
   for (int r = 0; r < count; ++r) {
     const RowSource<T, kResidual> row(args, first_row + r);
-    const T* next =
-        kFetchEarly<LayerNorm, T> && r < following ? RowSource<T, kResidual>(args, first_row + count + r).input : nullptr;
+    const auto next = ahead<kShares<LayerNorm, T, kSource, 1>>(next_row<T>(args, first_row, count, following, r), args.cols,
+                                                               kSource == Source::kFar ? 1 : 0);
     V deviations[2];
     deviation_sums<T>(row.stored(), next, sums[0][r], args.cols, deviations);
     of_row[0][r] = deviations[0];
@@ -184,7 +210,7 @@ NORMEXT_INLINE void centre_batch(const RowForwardArgs& args, std::int64_t first_
 }
 
 // Statistics of `count` rows of one segment each. The last step runs on vectors of rows.
-template <class Policy, class T, bool kResidual>
+template <class Policy, class T, bool kResidual, Source kSource>
 __attribute__((noinline)) void batch_statistics(const RowForwardArgs& args, std::int64_t first_row, int count,
                                                 std::int64_t following, RowBatch<Accumulate<T>>& batch) {
   using A = Accumulate<T>;
@@ -193,11 +219,12 @@ __attribute__((noinline)) void batch_statistics(const RowForwardArgs& args, std:
   alignas(V) A sums[3][kMaxBatch] = {};
   V of_row[2][kMaxBatch];
   for (int r = 0; r < count; ++r) {
-    of_row[0][r] = first_sum<Policy>(RowSource<T, kResidual>(args, first_row + r), 0, args.cols);
+    const auto next = ahead<kShares<Policy, T, kSource, 0>>(next_row<T>(args, first_row, count, following, r), args.cols, 0);
+    of_row[0][r] = first_sum<Policy>(RowSource<T, kResidual>(args, first_row + r), 0, args.cols, next);
   }
   sum_lanes_of_rows(of_row[0], count, sums[0]);
   if constexpr (Policy::kCentred) {
-    centre_batch<T, kResidual>(args, first_row, count, following, of_row, sums, batch);
+    centre_batch<T, kResidual, kSource>(args, first_row, count, following, of_row, sums, batch);
   } else {
     for (int r = 0; r < count; r += kLanes<A>) {
       store_bytes(batch.rstd + r, Policy::finish(load_bytes<V>(sums[0] + r), n, eps).rstd);
@@ -215,10 +242,9 @@ __attribute__((noinline)) void long_row_statistics(const RowForwardArgs& args, s
   batch.set(0, finish_row<Policy>(segment, args.cols, static_cast<A>(args.eps), terms));
 }
 
-// output = norm(x) of kRows rows, columns [begin, end). Parameters are loaded and converted once for all rows. `next`, or null, are
-// rows that will be wanted soon.
-template <class Policy, class T, class P, class O, int kMode, int kRows>
-NORMEXT_INLINE void apply(const RowForwardArgs& args, const T* const* x, O* const* output, const T* const* next,
+// output = norm(x) of kRows rows, columns [begin, end). Parameters are loaded and converted once for all rows.
+template <class Policy, class T, class P, class O, int kMode, int kRows, class Next>
+NORMEXT_INLINE void apply(const RowForwardArgs& args, const T* const* x, O* const* output, const Next* next,
                           const typename Policy::template Row<Accumulate<T>>* row, std::int64_t begin, std::int64_t end) {
   using A = Accumulate<T>;
   const P* weight = static_cast<const P*>(args.weight);
@@ -236,7 +262,7 @@ NORMEXT_INLINE void apply(const RowForwardArgs& args, const T* const* x, O* cons
     for (int r = 0; r < kRows; ++r) v[r] = load<T>(x[r] + column, extent);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      if (next != nullptr) fetch_unit(next[r] + column);
+      next[r].fetch(column);
       Pair<A> y = {Policy::normalise(v[r].a, row[r]), Policy::normalise(v[r].b, row[r])};
       if constexpr ((kMode & kRoundBeforeWeight) != 0) y = Packed<T>::pack(y).unpack();
       if constexpr ((kMode & (kWeight | kBias)) != 0) y = {Policy::affine(y.a, w.a, b.a), Policy::affine(y.b, w.b, b.b)};
@@ -269,27 +295,25 @@ NORMEXT_INLINE O* output_row(const RowForwardArgs& args, std::int64_t row) {
 }
 
 // Output and saved statistics of `count` rows, of which `following` more come after.
-template <class Policy, class T, class P, class O, int kMode>
+template <class Policy, class T, class P, class O, int kMode, int kShares>
 __attribute__((noinline)) void apply_batch(const RowForwardArgs& args, std::int64_t first_row, int count, std::int64_t following,
                                            const RowBatch<Accumulate<T>>& batch) {
   const T* x[kMaxBatch];
-  const T* next[kMaxBatch];
+  Ahead<T, kShares> next[kMaxBatch];
   O* output[kMaxBatch];
   typename Policy::template Row<Accumulate<T>> row[kMaxBatch];
   for (int r = 0; r < count; ++r) {
     x[r] = stored_row<T>(args, first_row + r);
-    next[r] = r < following ? static_cast<const T*>(args.input) + args.input_layout.offset(first_row + count + r) : x[r];
+    next[r] = ahead<kShares>(next_row<T>(args, first_row, count, following, r), args.cols, kShares - 1);
     output[r] = output_row<O>(args, first_row + r);
     row[r] = batch.template row<Policy>(r);
     save_statistics<Policy, Accumulate<T>>(args, first_row + r, row[r]);
   }
-  const bool early = kFetchEarly<Policy, T> && args.cols <= kSegment;
-  const bool fetch = !early && args.rows * args.cols * static_cast<std::int64_t>(sizeof(T)) > kFetchBytes;
   int r = 0;
   const auto rows = [&](auto how_many) __attribute__((always_inline)) {
     constexpr int kRows = decltype(how_many)::value;
     for (; count - r >= kRows; r += kRows) {
-      apply<Policy, T, P, O, kMode, kRows>(args, x + r, output + r, fetch ? next + r : nullptr, row + r, 0, args.cols);
+      apply<Policy, T, P, O, kMode, kRows>(args, x + r, output + r, next + r, row + r, 0, args.cols);
     }
   };
   // Several rows share the conversion of parameters: four gain 4 % in bfloat16 and lose as much in float32.
@@ -298,25 +322,25 @@ __attribute__((noinline)) void apply_batch(const RowForwardArgs& args, std::int6
   rows(std::integral_constant<int, 1>());
 }
 
-template <class Policy, class T, class P, class O, int kMode>
+template <class Policy, class T, class P, class O, int kMode, Source kSource>
 void forward_rows(const RowForwardArgs& args, std::int64_t begin, std::int64_t end) {
-  using A = Accumulate<T>;
   const bool one_segment = args.cols <= kSegment;
   const std::int64_t fit = kBatchBytes / (args.cols * static_cast<std::int64_t>(sizeof(T)));
   const std::int64_t most = !one_segment || fit < 1 ? 1 : smaller(fit, kMaxBatch);
   const std::int64_t batch_rows = most > 4 ? most - most % 4 : most;
-  RowBatch<A> batch;
+  RowBatch<Accumulate<T>> batch;
   for (std::int64_t row = begin; row < end; row += batch_rows) {
     const int count = static_cast<int>(smaller(batch_rows, end - row));
     const std::int64_t following = smaller(batch_rows, args.rows - row - count);
     if (one_segment) {
-      if (args.residual != nullptr) batch_statistics<Policy, T, true>(args, row, count, following, batch);
-      else batch_statistics<Policy, T, false>(args, row, count, following, batch);
+      if (args.residual != nullptr) batch_statistics<Policy, T, true, kSource>(args, row, count, following, batch);
+      else batch_statistics<Policy, T, false, kSource>(args, row, count, following, batch);
+      apply_batch<Policy, T, P, O, kMode, kShares<Policy, T, kSource, 2>>(args, row, count, following, batch);
     } else {
       if (args.residual != nullptr) long_row_statistics<Policy, T, true>(args, row, batch);
       else long_row_statistics<Policy, T, false>(args, row, batch);
+      apply_batch<Policy, T, P, O, kMode, kSource == Source::kFar>(args, row, count, following, batch);
     }
-    apply_batch<Policy, T, P, O, kMode>(args, row, count, following, batch);
   }
 }
 
@@ -346,7 +370,8 @@ void forward_segments(const RowForwardArgs& args, const cpu::ForwardPlan& plan, 
       const std::int64_t r = task / segments, column = task % segments * kSegment;
       const T* x = stored_row<T>(args, first_row + r);
       O* output = output_row<O>(args, first_row + r);
-      apply<Policy, T, P, O, kMode, 1>(args, &x, &output, nullptr, merged + r, column, smaller(column + kSegment, args.cols));
+      const Ahead<T, 0> none{};
+      apply<Policy, T, P, O, kMode, 1>(args, &x, &output, &none, merged + r, column, smaller(column + kSegment, args.cols));
     }
   });
 }
@@ -354,8 +379,11 @@ void forward_segments(const RowForwardArgs& args, const cpu::ForwardPlan& plan, 
 template <class Policy, class T, class P, class O, int kMode>
 void forward_as(const RowForwardArgs& args, const cpu::ForwardPlan& plan) {
   if (plan.scratch == nullptr) {
-    for_ranges(plan.parallel, args.rows,
-               [&](std::int64_t begin, std::int64_t end) { forward_rows<Policy, T, P, O, kMode>(args, begin, end); });
+    const bool far = args.rows * args.cols * static_cast<std::int64_t>(sizeof(T)) > kFarBytes;
+    for_ranges(plan.parallel, args.rows, [&](std::int64_t begin, std::int64_t end) {
+      if (far) forward_rows<Policy, T, P, O, kMode, Source::kFar>(args, begin, end);
+      else forward_rows<Policy, T, P, O, kMode, Source::kNear>(args, begin, end);
+    });
     return;
   }
   for (std::int64_t row = 0; row < args.rows; row += plan.group) {

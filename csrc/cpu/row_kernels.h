@@ -27,15 +27,14 @@ constexpr std::int64_t kScratchPerRow = 3;
 // through `levels` accumulators of kTermsPerSum terms each. All of this depends on the shape only.
 struct BackwardPlan {
   Parallel parallel;
-  bool by_columns =
-      false;              // threads share rows and columns of `chunk` rows at a time; otherwise whole runs (or rows, without runs)
-  std::int64_t runs = 0;  // 0: no parameter gradient is wanted
+  bool inside_runs = false;  // threads share the rows, then the columns, of `chunk` rows at a time; otherwise they take whole runs
+  std::int64_t runs = 0;     // 0: no parameter gradient is wanted
   std::int64_t block = 1;
   std::int64_t levels = 1;
   std::int64_t padded_cols = 0;
   std::int64_t chunk = 0;
   void* sums = nullptr;      // [runs, levels, LayerNorm 2 | RMSNorm 1, padded_cols]
-  void* row_sums = nullptr;  // [chunk, segments, 2]; by_columns only
+  void* row_sums = nullptr;  // [chunk, 2, segments]; inside_runs only
 };
 
 struct RowKernels {

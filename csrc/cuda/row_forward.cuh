@@ -22,7 +22,7 @@ struct RowForwardParams {
   RowForwardArgs args;
   RowTree tree;
   RowMapping mapping;
-  A eps, alpha, weight_offset;  // weight_offset is 0 where there is no weight
+  A eps, alpha, weight_offset;  // weight_offset: -0, which changes no weight, where there is none
   void* partials;               // kSplit: [rows][values][segments]
   bool input_aligned;           // input and residual: vector accesses are legal
   bool output_aligned;          // output and residual_out

@@ -18,6 +18,7 @@ inline Device describe(int device) {
 }
 
 // NORMEXT_PDL=1: kernels may start before the preceding kernel of the stream ends (programmatic dependent launch, sm_90+).
+// Weights and biases are read before that wait: whoever turns this on promises that the kernel before does not write them.
 inline bool dependent_launch() {
   static const bool wanted = [] {
     const char* value = std::getenv("NORMEXT_PDL");

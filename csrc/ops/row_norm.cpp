@@ -34,9 +34,9 @@ void run_parallel(std::int64_t tasks, void (*body)(void*, std::int64_t, std::int
 
 // Set in a forked child: the threads of torch's OpenMP pool do not exist there, and waking them would wait for ever.
 bool forked = false;
+const bool watched = pthread_atfork(nullptr, nullptr, [] { forked = true; }) == 0;
 
 cpu::Parallel thread_pool() {
-  static const bool watched = pthread_atfork(nullptr, nullptr, [] { forked = true; }) == 0;
   if (!watched || forked) return {};
   std::uint32_t threads = 1;
   if (torch_get_num_threads(&threads) != AOTI_TORCH_SUCCESS || threads <= 1) return {};
