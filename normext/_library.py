@@ -195,7 +195,7 @@ def gradients(
             return _kernel_gradients(kernel.direct, needs, stats, kernel_arguments, grad_output, grad_residual_out, *primals)
         input, *parameters = primals
         found = kernel.overload(grad_output, grad_residual_out, input, stats, *parameters, *kernel_arguments, needs)
-        return _present(found, needs)
+        return present(found, needs)
     # A needed parameter that was not saved is like the first one, and no gradient depends on its value.
     primals = tuple(
         torch.zeros_like(cast(Tensor, primals[1])).requires_grad_() if primal is None and needs >> i & 1 else primal
@@ -222,10 +222,11 @@ def _kernel_gradients(
         found = kernel(grad_output, grad_residual_out, input, stats, *parameters, *kernel_arguments, needs)
     except MemoryError:
         raise out_of_memory(grad_output) from None
-    return _present(found, needs)
+    return present(found, needs)
 
 
-def _present(found: Gradients, needs: int) -> Gradients:
+def present(found: Gradients, needs: int) -> Gradients:
+    """A kernel's gradients with None for those not asked for."""
     if needs + 1 == 1 << len(found):
         return found
     return tuple([gradient if needs >> i & 1 else None for i, gradient in enumerate(found)])
