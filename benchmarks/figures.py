@@ -94,6 +94,14 @@ def select(section, op=None, kind=None, dtype=None):
     return chosen
 
 
+def speedup_at_copy_speed_and_call(chosen):
+    """Geometric mean for a kernel at copy speed that costs as much per call as ours: in the
+    shortest case, what our time exceeds the copy's by."""
+    shortest = min(chosen, key=Figure.us)
+    call = shortest.us() - shortest.copy_bound_us()
+    return geomean(figure.us("eager") / (figure.copy_bound_us() + call) for figure in chosen)
+
+
 def other_load(section):
     """Largest share of the processors that other processes took during any measurement of a section."""
     loads = [load for case in section["cases"] for load in case.get("other_load", []) if load is not None]

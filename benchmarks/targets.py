@@ -24,7 +24,9 @@ def cpu_fresh(section):
     for (op, dtype), wanted in FORWARD.items():
         chosen = figures.select(section, op, "forward", dtype)
         reached = figures.geomean(figure.speedup() for figure in chosen)
-        yield reached >= wanted, f"{op} forward, {dtype or 'both dtypes'}: {reached:.2f}x torch eager, target {wanted}x"
+        bound = figures.speedup_at_copy_speed_and_call(chosen)
+        what = f"{op} forward, {dtype or 'both dtypes'}: {reached:.2f}x torch eager, target {wanted}x"
+        yield reached >= wanted, f"{what}; a kernel at copy speed with our time per call: {bound:.2f}x"
     for rival in ("eager", "compiled"):
         slower = [figure for figure in figures.select(section, kind="forward") if figure.slower(rival)]
         yield not slower, f"forward, cases slower than torch {rival} in every run: {listed(slower, rival)}"
