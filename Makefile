@@ -72,7 +72,7 @@ sanitize: environment  ## emulated CUDA kernels, CPU kernels and C++ tests under
 	$(PYTHON) setup.py --quiet build --build-lib build/sanitize/python
 	ctest --test-dir build/sanitize --output-on-failure
 	$(GROUP) test
-	PYTHONPATH=build/sanitize/python ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	PYTHONPATH=build/sanitize/python ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	  $(PYTHON) -P -m pytest tests $(PYTEST_ARGS)
 
 bench: build  ## every published figure, about 15 minutes on an idle machine

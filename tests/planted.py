@@ -122,8 +122,8 @@ MUTANTS = (
     Mutant(
         "runs depend on the thread count",
         "csrc/cpu/isa.cpp",
-        "BackwardPlan plan = backward_tree(args);\n  plan.sums",
-        "BackwardPlan plan = backward_tree(args);\n  if (parallel.threads > 1 && plan.runs > 1) plan.runs -= 1;\n  plan.sums",
+        "plan = backward_tree(args);\n  const std::uintptr_t",
+        "plan = backward_tree(args);\n  if (parallel.threads > 1 && plan.runs > 1) plan.runs -= 1;\n  const std::uintptr_t",
         "avx2",
         INVARIANCE,
     ),
@@ -243,8 +243,8 @@ MUTANTS = (
     Mutant(
         "offset added without a weight",
         "csrc/cuda/row_forward_launch.cuh",
-        "static_cast<A>(args.weight != nullptr ? args.weight_offset : 0.0);",
-        "static_cast<A>(args.weight_offset);",
+        "args.weight != nullptr && args.weight_offset != 0.0 ? args.weight_offset : -0.0);",
+        "args.weight_offset != 0.0 ? args.weight_offset : -0.0);",
         "emulated",
         EXACT,
     ),

@@ -4,6 +4,7 @@ import ast
 import re
 from pathlib import Path
 
+import planted
 import pytest
 
 pytestmark = pytest.mark.once
@@ -137,6 +138,12 @@ def test_private_torch_names_live_in_one_file():
     for path in PACKAGE:
         assert path.name == "_library.py" or not list(private_torch_names(path)), (path, list(private_torch_names(path)))
     assert list(private_torch_names(ROOT / "normext" / "_library.py"))  # the search finds what there is
+
+
+@pytest.mark.parametrize("mutant", planted.MUTANTS, ids=lambda mutant: mutant.name)
+def test_every_planted_bug_has_a_place(mutant):
+    """mutants.py replaces text; what it replaces must still be there, so that no mutant goes stale between its runs."""
+    assert mutant.find in (ROOT / mutant.file).read_text() and mutant.find != mutant.replace
 
 
 def test_every_rule_can_fail(tmp_path):

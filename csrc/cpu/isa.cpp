@@ -77,8 +77,7 @@ const IsaKernels& kernels() {
 constexpr std::int64_t kSerialBytes = 160 * 1024;
 // Bytes of x and dy that all threads together work on between two barriers; they stay in L2.
 constexpr std::int64_t kChunkBytes = 2 << 20;
-// Columns of grad_weight and grad_bias that one thread takes at least.
-constexpr std::int64_t kColumnsPerThread = 256;
+constexpr std::size_t kAlignment = 64;  // of the workspace: a cache line
 // Rows of a block share one pass over the accumulators as long as x and dy of the block stay in L2.
 constexpr std::int64_t kBlockRows = 4;
 constexpr std::int64_t kBlockCols = 32768;
@@ -155,21 +154,22 @@ void row_forward(RowNorm norm, const RowForwardArgs& args, const Parallel& paral
 
 std::size_t row_backward_workspace(RowNorm norm, const RowBackwardArgs& args) {
   const BackwardPlan plan = backward_tree(args);
-  return sums_bytes(norm, args, plan) + row_sums_bytes(args, plan);
+  return kAlignment + sums_bytes(norm, args, plan) + row_sums_bytes(args, plan);
 }
 
 void row_backward(RowNorm norm, const RowBackwardArgs& args, void* workspace, const Parallel& parallel) {
   if (args.rows == 0 || args.cols == 0) return clear_parameters(args);
   BackwardPlan plan = backward_tree(args);
-  plan.sums = workspace;
-  plan.row_sums = static_cast<char*>(workspace) + sums_bytes(norm, args, plan);
+  const std::uintptr_t aligned = (reinterpret_cast<std::uintptr_t>(workspace) + kAlignment - 1) / kAlignment * kAlignment;
+  plan.sums = reinterpret_cast<void*>(aligned);
+  plan.row_sums = static_cast<char*>(plan.sums) + sums_bytes(norm, args, plan);
   plan.parallel = threads_for(parallel, args.rows * args.cols * 3 * static_cast<std::int64_t>(accumulate_size_of(args.dtype)));
   // Whole runs, unless sharing the inside of every run keeps more threads busy, a quarter of that lost to its barriers.
   const std::int64_t threads = plan.parallel.threads;
   const auto busy = [threads](std::int64_t tasks) {
     return static_cast<double>(tasks) / static_cast<double>((tasks + threads - 1) / threads * threads);
   };
-  const double inside = busy((args.cols + kColumnsPerThread - 1) / kColumnsPerThread);
+  const double inside = busy((args.cols + kColumnTask - 1) / kColumnTask);
   plan.inside_runs = busy(plan.runs == 0 ? args.rows : plan.runs) < 0.75 * inside || segments_of(args.cols) > kMaxSegments;
   kernels().row[static_cast<int>(norm)].backward(args, plan);
 }

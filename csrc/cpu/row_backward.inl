@@ -18,9 +18,9 @@ namespace normext {
 inline namespace NORMEXT_ISA {
 namespace {
 
+using cpu::kColumnTask;
 using cpu::kTermsPerSum;
 
-constexpr std::int64_t kColumnTask = 256;        // columns that one thread takes at least; whole units
 constexpr std::int64_t kFinishSerial = 1 << 17;  // sums; fewer are not worth waking threads for
 
 // Mean of g and mean of g*xhat of a row.

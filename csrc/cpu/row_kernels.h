@@ -10,6 +10,7 @@ namespace normext::cpu {
 
 constexpr std::int64_t kSegment = 4096;    // columns; moments and sums of a row are taken per segment
 constexpr std::int64_t kMaxSegments = 64;  // of a row that one thread handles alone
+constexpr std::int64_t kColumnTask = 256;  // of parameter gradients that one thread takes at least; whole units
 constexpr std::int64_t kTermsPerSum = 16;  // that any accumulator takes in sequence
 constexpr std::int64_t kMaxRuns = 128;     // of rows, for parameter gradients
 constexpr std::int64_t kMaxUnit = 64;      // columns to which the widest instruction set pads a row of sums

@@ -31,7 +31,6 @@ __device__ __forceinline__ void wide_statistics(const RowForwardParams<Accumulat
 template <class Norm, class T, class P, int V, int kSlots>
 __device__ __forceinline__ void wide_apply(const RowForwardParams<Accumulate<T>>& params, std::int64_t output, std::int64_t segment,
                                            const T* source, bool aligned, const typename Norm::template Row<Accumulate<T>>& stats) {
-  const RowForwardArgs& args = params.args;
   const LaneColumns<V> columns = lane_columns<V>(params.tree, segment, static_cast<int>(lane_id()), true);
   Tile<T, V, kSlots> x;
   x.load(source, columns, aligned);
