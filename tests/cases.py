@@ -4,6 +4,7 @@ A Case says what to compute; `make(case, backend)` builds its tensors; `case.cal
 normext and with plain torch. Random data comes from a fixed seed, so every back end and every run sees the same values.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -300,3 +301,13 @@ VARIANTS = (
 
 def ids(cases):
     return {"argvalues": cases, "ids": [case.id for case in cases]}
+
+
+@contextmanager
+def cuda_autocast():
+    """For fake CUDA tensors. torch.autocast would ask for a GPU, and without one only warn."""
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)

@@ -219,7 +219,7 @@ def test_cuda_autocast_as_the_installed_torch_does(dtype, grad):
     """On fake CUDA tensors, so that a machine without a GPU can check it: the dtypes of outputs and gradients."""
     if grad and not torch.cuda.is_available():
         pytest.skip("a CPU build of torch aborts where a fake CUDA tensor enters the graph, whatever the function")
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cuda", dtype=torch.float16):
+    with FakeTensorMode(allow_non_fake_inputs=True), cases.cuda_autocast():
         x = torch.empty(3, 8, device="cuda", dtype=dtype, requires_grad=grad)
         weight = torch.empty(8, device="cuda", dtype=dtype, requires_grad=grad)
         pairs = [
@@ -235,6 +235,7 @@ def test_cuda_autocast_as_the_installed_torch_does(dtype, grad):
         assert output.dtype == pairs[0][1].dtype and total.dtype == dtype
         output, total = normext.add_rms_norm(x, x, (8,), weight)
         assert output.dtype == pairs[1][1].dtype and total.dtype == dtype
+        assert pairs[0][1].dtype == torch.float32 or dtype == torch.float64  # autocast was on
 
 
 def test_fake_cuda_tensors_compile():

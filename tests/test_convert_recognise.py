@@ -4,7 +4,6 @@ import copy
 import importlib
 import inspect
 import pickle
-from contextlib import contextmanager
 
 import cases
 import oracle
@@ -129,7 +128,7 @@ def test_dtype_under_cuda_autocast_is_the_originals(model, name, args, parameter
     original = copy.deepcopy(norm)
     assert normext.convert(norm).swapped
     dtypes = []
-    with FakeTensorMode(), fake_autocast():
+    with FakeTensorMode(), cases.cuda_autocast():
         x = torch.empty(2, 96, device="cuda:0", dtype=torch.bfloat16)
         for module in (original, norm):
             for parameter in module._parameters:
@@ -137,16 +136,6 @@ def test_dtype_under_cuda_autocast_is_the_originals(model, name, args, parameter
             with torch.no_grad():
                 dtypes.append(module(x).dtype)
     assert dtypes[0] == dtypes[1]
-
-
-@contextmanager
-def fake_autocast():
-    """torch.autocast would ask for a GPU."""
-    torch.set_autocast_enabled("cuda", True)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled("cuda", False)
 
 
 # ---- Norms made for the test
