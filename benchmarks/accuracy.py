@@ -16,19 +16,41 @@ sys.path.insert(0, str(machine.ROOT / "tests"))
 
 import backends  # noqa: E402
 import cases  # noqa: E402
+import channel_cases  # noqa: E402
+import channel_oracle  # noqa: E402
 import oracle  # noqa: E402
 import torch  # noqa: E402
 
 
 def selected(quick):
-    """Every kind of data, dtype and width of the test table; torch has no counterpart of the "llama" rounding."""
+    """Every kind of data, dtype and width of the test tables; torch has no counterpart of the "llama" rounding."""
     chosen = [case for case in cases.ACCURACY + cases.PARAM_GRADS if case.rounding == "torch"]
-    return chosen[::7] if quick else chosen
+    channel = [*channel_cases.ACCURACY, *channel_cases.PARAM_GRADS]
+    return [*chosen[::7], *channel[::11]] if quick else [*chosen, *channel]
 
 
-def figures(case, tensors, call):
+def figures(case, backend, with_torch):
+    call = case.torch if with_torch else case.call
+    if isinstance(case, channel_cases.ChannelCase):
+        return channel_figures(case, channel_oracle.settled(case, channel_cases.make(case, backend)), call)
+    tensors = cases.make(case, backend)
     gradients = cases.gradients(case, tensors, call)
     return {"y": oracle.forward_error(case, tensors, call(tensors)[0])} | oracle.backward_errors(case, tensors, gradients)
+
+
+def channel_figures(case, tensors, call):
+    after = tensors.fresh()
+    found = {"y": channel_oracle.forward_error(case, tensors, call(after))}
+    found |= channel_oracle.backward_errors(case, tensors, channel_cases.gradients(case, tensors, call))
+    if case.buffers is not None and case.training:
+        found |= channel_oracle.running_errors(case, tensors, after)
+    return found
+
+
+def op_name(case):
+    """Fused channel norms apart: torch rounds between norm, sum and activation."""
+    fused = isinstance(case, channel_cases.ChannelCase) and (case.residual or case.activation)
+    return f"{case.op}, fused" if fused else case.op
 
 
 def kind(case):
@@ -42,16 +64,15 @@ def largest(backend, quick, with_torch):
     """{(op, quantity, class of inputs): largest figure}, and the cases that torch refuses."""
     found, refused = {}, []
     for case in selected(quick):
-        tensors = cases.make(case, backend)
         try:
-            measured = figures(case, tensors, case.torch if with_torch else case.call)
+            measured = figures(case, backend, with_torch)
         except RuntimeError:
             if not with_torch:
                 raise
             refused.append(case.id)
             continue
         for quantity, figure in measured.items():
-            key = (case.op, quantity, kind(case))
+            key = (op_name(case), quantity, kind(case))
             found[key] = max(found.get(key, 0.0), figure)
     return found, refused
 

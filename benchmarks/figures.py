@@ -1,9 +1,10 @@
-"""What the raw results of the CPU grid mean: speed-ups, copy-speed bounds, who is slower. Pure arithmetic, no torch."""
+"""What the raw results of the CPU grids mean: speed-ups, copy-speed bounds, who is slower. Pure arithmetic, no torch."""
 
 import math
 import statistics
 from dataclasses import dataclass
 
+import channel_grid
 import traffic
 
 SLOWER = 0.97  # a ratio below this in every run is a slower case
@@ -43,6 +44,11 @@ class Figure:
         return f"{self.rows}x{self.cols}"
 
     @property
+    def name(self):
+        """The shape, and what else tells cases of an op and dtype apart."""
+        return self.shape
+
+    @property
     def input_bytes(self):
         return self.rows * self.cols * ITEM_SIZE[self.dtype]
 
@@ -75,8 +81,7 @@ class Figure:
 
     def copy_bound_us(self):
         """Time of a kernel that moves the op's floor of bytes at the speed of the copy measured beside it."""
-        copy_bytes = traffic.copy(self.rows, self.cols, ITEM_SIZE[self.dtype])
-        return self.us("copy") * self.floor_bytes / copy_bytes
+        return self.us("copy") * self.floor_bytes / (2 * self.input_bytes)
 
     def speedup_at_copy_speed(self):
         return self.us("eager") / self.copy_bound_us()
@@ -86,12 +91,47 @@ class Figure:
         return self.copy_bound_us() / self.us()
 
 
-def select(section, op=None, kind=None, dtype=None):
-    """Figures of a cpu section; None leaves a property open."""
-    chosen = [Figure(case) for case in section["cases"]]
-    for name, wanted in (("op", op), ("kind", kind), ("dtype", dtype)):
+class ChannelFigure(Figure):
+    """One case of the grid of the channel norms over its runs."""
+
+    def __init__(self, case):
+        self.case = case
+        self.op, self.kind, self.dtype, self.layout = case["op"], case["pass"], case["dtype"], case["layout"]
+        self.extents = tuple(map(int, case["shape"].split("x")))
+
+    @property
+    def shape(self):
+        return self.case["shape"]
+
+    @property
+    def name(self):
+        return f"{self.shape} {self.layout} {self.kind}"
+
+    @property
+    def input_bytes(self):
+        return math.prod(self.extents) * ITEM_SIZE[self.dtype]
+
+    @property
+    def floor_bytes(self):
+        count = traffic.channel_train if self.kind == "train" else traffic.channel_forward
+        return count(channel_grid.OPS[self.op], self.extents, self.layout, ITEM_SIZE[self.dtype], ITEM_SIZE["float32"])
+
+
+def _those(chosen, **properties):
+    """Figures with these properties; None leaves a property open."""
+    for name, wanted in properties.items():
         chosen = [figure for figure in chosen if wanted in (None, getattr(figure, name))]
     return chosen
+
+
+def select(section, op=None, kind=None, dtype=None):
+    """Figures of a cpu section; None leaves a property open."""
+    return _those(map(Figure, section["cases"]), op=op, kind=kind, dtype=dtype)
+
+
+def select_channel(section, op=None, kind=None, dtype=None, layout=None):
+    """Figures of the channel section; None leaves a property open."""
+    return _those(map(ChannelFigure, section["cases"]), op=op, kind=kind, dtype=dtype, layout=layout)
 
 
 def speedup_at_copy_speed_and_call(chosen):

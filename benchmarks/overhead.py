@@ -1,4 +1,4 @@
-"""What a call costs beside the kernel: 1x64 norms against torch's; a transformer block with and without torch.compile.
+"""What a call costs beside the kernel: 1x64 norms against torch's; a transformer block and a CNN with and without torch.compile.
 
 Printed as one JSON line per figure; `run.py` starts it, several times.
 """
@@ -94,12 +94,56 @@ def blocks(bench, with_compile):
                 yield figure("block", f"{norm}, {tokens}x{width}", bench.measure(contenders, subject="eager torch"))
 
 
+class ResidualCNN(nn.Module):
+    """A stem and two residual blocks; `norm` is the class of the five norms."""
+
+    def __init__(self, width, norm):
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, width, 3, padding=1, bias=False), norm(width)
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(4))
+        self.norms = nn.ModuleList(norm(width) for _ in range(4))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x):
+        x = F.relu(self.stem_norm(self.stem(x)))
+        for i in (0, 2):
+            y = F.relu(self.norms[i](self.convs[i](x)))
+            x = F.relu(x + self.norms[i + 1](self.convs[i + 1](y)))
+        return self.head(x.mean((2, 3)))
+
+
+def model_step(model, x, training):
+    if training:
+        return torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    with torch.no_grad():
+        return model(x)
+
+
+def networks(bench, with_compile):
+    """What fusing with neighbours brings a compiled network: torch.compile fuses torch's norms with the relu and the sum, ours
+    stay calls."""
+    x = torch.randn(8, 3, 32, 32)
+    reference = ResidualCNN(32, nn.BatchNorm2d)
+    for training in (False, True):
+        torch.compiler.reset()
+        contenders = {}
+        for name, library in (("torch", nn), ("normext", normext)):
+            model = ResidualCNN(32, library.BatchNorm2d).train(training)
+            model.load_state_dict(reference.state_dict())
+            contenders[f"eager {name}"] = partial(model_step, model, x, training)
+            if with_compile:
+                fast = torch.compile(model, dynamic=False, fullgraph=True)
+                contenders[f"compiled {name}"] = partial(model_step, fast, x, training)
+        what = f"5 BatchNorms of 8x32x32x32, {'forward+backward' if training else 'inference'}"
+        yield figure("network", what, bench.measure(contenders, subject="eager torch"))
+
+
 def figure(kind, what, measured):
     return {
         "kind": kind,
         "what": what,
         "us": {name: seconds * 1e6 for name, seconds in measured.seconds.items()},
-        # How many times the reference's time each takes: F.layer_norm for calls, torch eager for blocks.
+        # How many times the reference's time each takes: F.layer_norm for calls, torch eager for models.
         "relative": measured.speedup,
         "other_load": measured.other_load,
     }
@@ -118,7 +162,8 @@ def main():
     torch.manual_seed(0)
     bench = timing.Bench(0.2 if args.quick else args.budget, args.patience)
     print(json.dumps({"machine": machine.describe()}), flush=True)
-    for measurement in (calls(bench), train_calls(bench), blocks(bench, not args.no_compile)):
+    with_compile = not args.no_compile
+    for measurement in (calls(bench), train_calls(bench), blocks(bench, with_compile), networks(bench, with_compile)):
         for row in measurement:
             print(json.dumps(row), flush=True)
 

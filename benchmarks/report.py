@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import channel_grid
 import figures
 import machine
-from figures import geomean, select
+from figures import geomean, select, select_channel
 
 BEGIN, END = "<!-- benchmarks: begin (written by benchmarks/report.py) -->", "<!-- benchmarks: end -->"
 DTYPES = ("float32", "bfloat16")
@@ -70,12 +71,12 @@ def summary(section):
     return table(header, rows) + f"\n\nSlower in every run, of {count} forward cases: {against}."
 
 
-def by_shape(section, op):
+def by_shape(chosen):
     header = ["shape"]
     for dtype in DTYPES:
         header += [f"{dtype} us", "eager", "compiled", "copy speed", "forward+backward us", "eager", "copy speed"]
     rows = {}
-    for figure in select(section, op):
+    for figure in chosen:
         row = rows.setdefault(figure.shape, {})
         cells = [microseconds(figure.us()), times(figure.speedup())]
         if figure.kind == "forward":
@@ -113,6 +114,25 @@ def copy_rate_summary(section):
     return table(["op", "float32", "bfloat16", "forward / eager", "float32", "bfloat16"], rows)
 
 
+# Channel norms ----------------------------------------------------------------------------------------------------
+def channel_summary(section):
+    """Geometric means over the grid, forward and forward+backward."""
+    halves = [{}, *({"layout": layout} for layout in channel_grid.LAYOUTS), *({"dtype": dtype} for dtype in DTYPES)]
+    header = ["op", "pass", "/ eager", *channel_grid.LAYOUTS, *DTYPES, "a kernel at copy speed", "/ compiled"]
+    rows = []
+    for op in channel_grid.OPS:
+        for kind, name in (("forward", "forward"), ("train", "forward+backward")):
+            chosen = select_channel(section, op, kind)
+            means = [times(geomean(f.speedup() for f in select_channel(section, op, kind, **half))) for half in halves]
+            bound = times(geomean(f.speedup_at_copy_speed() for f in chosen))
+            compiled = times(geomean(f.speedup("compiled") for f in chosen if f.has("compiled")))
+            rows.append([op, name, *means, bound, compiled])
+    chosen = select_channel(section)
+    slower = [f"{sum(f.slower(rival) for f in chosen)} against {rival}" for rival in ("eager", "compiled")]
+    counts = f"{len(chosen)} cases, {sum(f.has('compiled') for f in chosen)} of them compiled"
+    return table(header, rows) + f"\n\nSlower in every run, of {counts}: {', '.join(slower)}."
+
+
 # Calls, blocks, accuracy ------------------------------------------------------------------------------------------
 def calls(section):
     names = ("normext.layer_norm", "normext.rms_norm", "F.layer_norm", "F.rms_norm")
@@ -125,12 +145,14 @@ def calls(section):
 
 
 def blocks(section):
-    rows, names = [], []
-    for case in section["cases"]:
-        if case["kind"] == "block":
-            names = list(case["us"])
-            rows.append([case["what"], *(microseconds(median(case["us"][name])) for name in names)])
-    return table(["transformer block, us", *names], rows)
+    tables = []
+    for kind, title in (("block", "transformer block"), ("network", "CNN")):
+        chosen = [case for case in section["cases"] if case["kind"] == kind]
+        if chosen:
+            names = list(chosen[0]["us"])
+            rows = [[case["what"], *(microseconds(median(case["us"][name])) for name in names)] for case in chosen]
+            tables.append(table([f"{title}, us", *names], rows))
+    return "\n\n".join(tables)
 
 
 def accuracy(section, by_quantity=True):
@@ -185,12 +207,18 @@ def render(results, details=True):
 
     part("Speed: times torch eager and torch.compile, geometric means over the grid", "cpu_fresh", summary)
     part(f"Share of the rate of `y.copy_(x)`, warm pages, from {figures.OUT_OF_CACHE >> 20} MB", "cpu_warm", copy_rate_summary)
+    part("Channel norms: times torch eager and torch.compile, geometric means over the grid", "channel", channel_summary)
     part("Call overhead and compiled blocks", "overhead", calls, blocks)
     part("Largest error, in units of the accuracy contract (limit 4)", "accuracy", partial(accuracy, by_quantity=details))
     part("Device time", "gpu", partial(gpu, groups=None if details else ("llm", "decode")))
     if details and "cpu_fresh" in sections:
         for op in figures.OPS:
-            parts.append(f"### {op} by shape, times torch\n\n" + by_shape(sections["cpu_fresh"], op))
+            parts.append(f"### {op} by shape, times torch\n\n" + by_shape(select(sections["cpu_fresh"], op)))
+    if details and "channel" in sections:
+        for op in channel_grid.OPS:
+            for layout in channel_grid.LAYOUTS:
+                rows = by_shape(select_channel(sections["channel"], op, layout=layout))
+                parts.append(f"### {op} {layout} by shape, times torch\n\n" + rows)
     if details and "cpu_warm" in sections:
         note = "Bytes per second as a share of the copy's; * marks cases out of cache.\n\n"
         parts.append("### Share of the copy's rate by shape, warm pages\n\n" + note + copy_rates(sections["cpu_warm"]))

@@ -1,7 +1,7 @@
 """Runs the suite and writes benchmarks/results/<machine>.json, from which `report.py` makes every published figure.
 
-    python benchmarks/run.py                      everything: about 15 minutes on two idle cores
-    python benchmarks/run.py --quick              a look at each part: about 2 minutes, written to no results file
+    python benchmarks/run.py                      everything: about 40 minutes on two idle cores, 25 of them for "channel"
+    python benchmarks/run.py --quick              a look at each part: about 3 minutes, written to no results file
     python benchmarks/run.py --sections overhead  one part again; the others keep the figures they had
 
 Each part runs in processes of its own, three times (`--runs`): a case counts as slower only if it is in every run. For
@@ -21,7 +21,7 @@ import machine
 HERE = Path(__file__).resolve().parent
 # Memory is never given back to the system, so outputs land in pages already mapped. glibc reads these at start.
 WARM_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
-SECTIONS = ("cpu_fresh", "cpu_warm", "overhead", "accuracy")
+SECTIONS = ("cpu_fresh", "cpu_warm", "channel", "overhead", "accuracy")
 
 
 def child(script, *arguments, env=None):
@@ -68,6 +68,12 @@ def cpu_section(regime, options):
     return {"page_faults_per_mb": runs[0][0]["page_faults_per_mb"], "cases": cases}, runs[0][0]["machine"]
 
 
+def channel_section(options):
+    runs = [child("channel_cpu.py", *options.common, *options.compile) for _ in range(options.runs)]
+    cases = merged([rows[1:] for rows in runs], ("op", "pass", "dtype", "layout", "shape"))
+    return {"page_faults_per_mb": runs[0][0]["page_faults_per_mb"], "cases": cases}, runs[0][0]["machine"]
+
+
 def overhead_section(options):
     runs = [child("overhead.py", *options.common, *options.compile) for _ in range(options.runs)]
     return {"cases": merged([rows[1:] for rows in runs], ("kind", "what"))}, runs[0][0]["machine"]
@@ -85,7 +91,7 @@ def accuracy_section(options):
 def section(name, options):
     if name.startswith("cpu_"):
         return cpu_section(name.removeprefix("cpu_"), options)
-    return overhead_section(options) if name == "overhead" else accuracy_section(options)
+    return {"channel": channel_section, "overhead": overhead_section, "accuracy": accuracy_section}[name](options)
 
 
 def describe(threads):

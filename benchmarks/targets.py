@@ -18,6 +18,10 @@ SMALL_TRAIN_US = 40  # most extra time of a training step on less than figures.S
 CALL = 1.1  # times F.layer_norm's time, without gradients
 TRAIN_CALL = 1.4  # the same, forward and backward
 ACCURACY = 4.0
+# The channel norms, forward and forward+backward together; None: all ops. In evaluation float32 BatchNorm of torch is as fast
+# as a copy: there parity is enough, and it is what "no case slower" says.
+CHANNEL = {None: 2.0, "group_norm_silu": 3.0, "instance_norm": 3.0}
+PASSES = {"forward": "forward", "train": "forward+backward"}
 
 
 def cpu_fresh(section):
@@ -45,7 +49,7 @@ def cpu_fresh(section):
 
 
 def listed(slower, rival):
-    return ", ".join(f"{f.op} {f.dtype} {f.shape} {f.speedup(rival):.2f}x" for f in slower) or "none"
+    return ", ".join(f"{f.op} {f.dtype} {f.name} {f.speedup(rival):.2f}x" for f in slower) or "none"
 
 
 def cpu_warm(section):
@@ -59,6 +63,23 @@ def cpu_warm(section):
                     share >= wanted,
                     f"{op} {dtype}, warm pages: {share:.0%} of the copy's rate at {worst.shape}, target {wanted:.0%}",
                 )
+
+
+def channel(section):
+    for op, wanted in CHANNEL.items():
+        by_pass = [figures.geomean(f.speedup() for f in figures.select_channel(section, op, kind)) for kind in PASSES]
+        chosen = figures.select_channel(section, op)
+        reached = figures.geomean(f.speedup() for f in chosen)
+        bound = figures.geomean(f.speedup_at_copy_speed() for f in chosen)
+        passes = ", ".join(f"{name} {figure:.2f}x" for name, figure in zip(PASSES.values(), by_pass, strict=True))
+        what = f"{op or 'channel norms'}: {reached:.2f}x torch eager ({passes}), target {wanted}x"
+        yield reached >= wanted, f"{what}; a kernel at copy speed: {bound:.2f}x"
+    for rival in ("eager", "compiled"):
+        slower = [figure for figure in figures.select_channel(section) if figure.slower(rival)]
+        yield not slower, f"channel norms, cases slower than torch {rival} in every run: {listed(slower, rival)}"
+    parity = figures.select_channel(section, "batch_norm_eval", dtype="float32")
+    reached = figures.geomean(figure.speedup() for figure in parity)
+    yield reached >= figures.SLOWER, f"batch_norm_eval float32: {reached:.2f}x torch eager, target parity"
 
 
 def overhead(section):
@@ -83,6 +104,7 @@ def check(results):
     for name, test in (
         ("cpu_fresh", cpu_fresh),
         ("cpu_warm", cpu_warm),
+        ("channel", channel),
         ("overhead", overhead),
         ("accuracy", accuracy),
     ):

@@ -6,6 +6,10 @@ writes. On a CPU a store to memory that is not in cache reads it first (write-al
 copies pay that too, which is why results are given as a fraction of a copy and not of the memory's nominal speed.
 """
 
+from math import prod
+
+import channel_grid
+
 
 def forward(op, rows, cols, e, p, stats=False):
     """Bytes of one forward call; `stats` adds what training saves for the backward."""
@@ -28,5 +32,31 @@ def train(op, rows, cols, e, p):
     return forward(op, rows, cols, e, p, stats=True) + backward(op, rows, cols, e, p)
 
 
-def copy(rows, cols, e):
-    return 2 * rows * cols * e
+# Channel norms. `op` and `shape` are those of channel_grid.py; whether x has to be read again for the output, or x and the
+# incoming gradient for dx, depends on whether a slab stays in cache meanwhile. Without an activation a residual's gradient
+# is the incoming one and nothing is moved; with one, what the backward needs to know of its input is a bit per element.
+CORE_CACHE = 2 << 20  # bytes: the L2 cache of a server's core
+
+
+def channel_forward(op, shape, layout, e, p, stats=False):
+    """Bytes of one forward call; `stats` adds what training saves for the backward."""
+    n, channels = prod(shape), shape[1]
+    reads = 1 if op.fixed_stats or channel_grid.slab_bytes(op, shape, layout, e) <= CORE_CACHE else 2
+    running = {"batch_norm": 2 if op.fixed_stats else 4}.get(op.norm, 0)  # read, in training written, too
+    saved = 12 * channel_grid.statistics(op, shape) + (n // 8 if op.residual and op.activation else 0) if stats else 0
+    return (reads + 1 + op.residual) * n * e + (2 + running) * channels * p + saved
+
+
+def channel_backward(op, shape, layout, e, p):
+    """x and dy in, dx out, as well as the residual's gradient; parameters in, their gradients out. An activation of what the
+    norm alone gives is computed again."""
+    n, channels = prod(shape), shape[1]
+    reads = 2 if op.fixed_stats or 2 * channel_grid.slab_bytes(op, shape, layout, e) <= CORE_CACHE else 4
+    written = 1 + (op.residual and op.activation)
+    bits = n // 8 if op.residual and op.activation else 0
+    parameters = 4 if op.activation else 3
+    return (reads + written) * n * e + parameters * channels * p + 12 * channel_grid.statistics(op, shape) + bits
+
+
+def channel_train(op, shape, layout, e, p):
+    return channel_forward(op, shape, layout, e, p, stats=True) + channel_backward(op, shape, layout, e, p)

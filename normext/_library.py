@@ -152,12 +152,19 @@ REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, Me
 def torchs_error(error: Exception, function: Callable[..., Any], *args: Any) -> Exception:
     """torch's own error for arguments an op refused, so that its class and text are those of the installed version; ours if
     torch accepts the arguments."""
+    theirs = what_torch_raises(function, *args)
+    if theirs is not None:
+        return theirs
+    return out_of_memory(args[0]) if isinstance(error, MemoryError) else error
+
+
+def what_torch_raises(function: Callable[..., Any], *args: Any) -> Exception | None:
     try:
         with torch.no_grad():
             function(*args)
     except Exception as theirs:
         return theirs
-    return out_of_memory(args[0]) if isinstance(error, MemoryError) else error
+    return None
 
 
 def out_of_memory(input: Tensor) -> Exception:
@@ -179,8 +186,7 @@ def gradients(
     kernel: Op,
     reference: Callable[..., Tensor],
     needs: int,
-    grad_output: Tensor,
-    grad_residual_out: Tensor | None,
+    incoming: tuple[Tensor | None, ...],
     stats: Tensor,
     primals: tuple[Tensor | None, ...],
     kernel_arguments: tuple[Any, ...],
@@ -188,24 +194,24 @@ def gradients(
 ) -> Gradients:
     """Gradients of the primals (what was normalised, then the parameters), None where the bit of `needs` is 0.
 
+    `incoming` is the gradient of the output and, from a fused op, that of the residual sum.
     The kernel's values whether or not they must be differentiable, so create_graph changes no bit; derivatives of higher
     order are the reference's. Under a transform everything is the reference's."""
     if not (is_grad_enabled() or transformed()) or is_compiling():
         if not is_dynamo_compiling():
-            return _kernel_gradients(kernel.direct, needs, stats, kernel_arguments, grad_output, grad_residual_out, *primals)
+            return _kernel_gradients(kernel.direct, needs, stats, kernel_arguments, len(incoming), *incoming, *primals)
         input, *parameters = primals
-        found = kernel.overload(grad_output, grad_residual_out, input, stats, *parameters, *kernel_arguments, needs)
-        return present(found, needs)
+        return present(kernel.overload(*incoming, input, stats, *parameters, *kernel_arguments, needs), needs)
     # A needed parameter that was not saved is like the first one, and no gradient depends on its value.
     primals = tuple(
         torch.zeros_like(cast(Tensor, primals[1])).requires_grad_() if primal is None and needs >> i & 1 else primal
         for i, primal in enumerate(primals)
     )
-    from_reference = partial(_reference_gradients, reference, needs, reference_arguments)
+    from_reference = partial(_reference_gradients, reference, needs, reference_arguments, len(incoming))
     if transformed():
-        return from_reference(is_grad_enabled(), grad_output, grad_residual_out, *primals)
-    from_kernel = partial(_kernel_gradients, kernel.direct, needs, stats, kernel_arguments)
-    return cast(Gradients, _apply_again(from_kernel, from_reference, grad_output, grad_residual_out, *primals))
+        return from_reference(is_grad_enabled(), *incoming, *primals)
+    from_kernel = partial(_kernel_gradients, kernel.direct, needs, stats, kernel_arguments, len(incoming))
+    return cast(Gradients, _apply_again(from_kernel, from_reference, *incoming, *primals))
 
 
 def _kernel_gradients(
@@ -213,15 +219,14 @@ def _kernel_gradients(
     needs: int,
     stats: Tensor,
     kernel_arguments: tuple[Any, ...],
-    grad_output: Tensor,
-    grad_residual_out: Tensor | None,
-    input: Tensor | None,
-    *parameters: Tensor | None,
+    incoming: int,
+    *tensors: Tensor | None,
 ) -> Gradients:
+    """`tensors` are the incoming gradients, of which there are `incoming`, then the primals."""
     try:
-        found = kernel(grad_output, grad_residual_out, input, stats, *parameters, *kernel_arguments, needs)
+        found = kernel(*tensors[: incoming + 1], stats, *tensors[incoming + 1 :], *kernel_arguments, needs)
     except MemoryError:
-        raise out_of_memory(grad_output) from None
+        raise out_of_memory(cast(Tensor, tensors[0])) from None
     return present(found, needs)
 
 
@@ -236,17 +241,19 @@ def _reference_gradients(
     reference: Callable[..., Tensor],
     needs: int,
     reference_arguments: tuple[Any, ...],
+    incoming: int,
     create_graph: bool,
-    grad_output: Tensor,
-    grad_residual_out: Tensor | None,
-    *primals: Tensor | None,
+    *tensors: Tensor | None,
 ) -> Gradients:
+    grad_output, *grad_residual_out = tensors[:incoming]
     with torch.enable_grad():
-        aliases = _aliases(primals)
+        aliases = _aliases(tensors[incoming:])
         output = reference(*aliases, *reference_arguments)
-        found = _grad([output], aliases, [needs >> i & 1 for i in range(len(aliases))], [grad_output], create_graph)
-        if found[0] is not None and grad_residual_out is not None:
-            found[0] = found[0] + grad_residual_out
+        needed = [needs >> i & 1 for i in range(len(aliases))]
+        found = _grad([output], aliases, needed, [cast(Tensor, grad_output)], create_graph)
+        for grad in grad_residual_out:
+            if found[0] is not None and grad is not None:
+                found[0] = found[0] + grad
     return tuple(found)
 
 

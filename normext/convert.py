@@ -12,19 +12,32 @@ from torch.nn.utils import parametrize
 
 from normext._converted import Converted, Recipe, converted_class
 from normext._recognise import Unrecognised, configuration, recognise
+from normext.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from normext.group_norm import GroupNorm
+from normext.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from normext.layer_norm import LayerNorm
 from normext.rms_norm import RMSNorm
+from normext.sync_batch_norm import SyncBatchNorm
 
-_TORCH_CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: LayerNorm, nn.RMSNorm: RMSNorm}
-_OURS = (LayerNorm, RMSNorm, Converted)
-# transformers, and model code that it downloads: subclasses of the torch classes are tried like their other norms.
+# Each torch class, what replaces it, and the function that calls.
+_TORCH_CLASSES: dict[type[nn.Module], tuple[type[nn.Module], str]] = {
+    nn.LayerNorm: (LayerNorm, "layer_norm"),
+    nn.RMSNorm: (RMSNorm, "rms_norm(rounding='torch')"),
+    nn.BatchNorm1d: (BatchNorm1d, "batch_norm"),
+    nn.BatchNorm2d: (BatchNorm2d, "batch_norm"),
+    nn.BatchNorm3d: (BatchNorm3d, "batch_norm"),
+    nn.SyncBatchNorm: (SyncBatchNorm, "batch_norm"),
+    nn.GroupNorm: (GroupNorm, "group_norm"),
+    nn.InstanceNorm1d: (InstanceNorm1d, "instance_norm"),
+    nn.InstanceNorm2d: (InstanceNorm2d, "instance_norm"),
+    nn.InstanceNorm3d: (InstanceNorm3d, "instance_norm"),
+}
+_OURS: tuple[type[nn.Module], ...] = (*(ours for ours, _ in _TORCH_CLASSES.values()), Converted)
+# transformers, and model code that it downloads: subclasses of LayerNorm and RMSNorm are tried like their other norms.
 _HUGGING_FACE = ("transformers.", "transformers_modules.")
+_ROW_NORMS = (nn.LayerNorm, nn.RMSNorm)
 # Norms of other kinds, which convert leaves alone and does not list.
-_OTHER_KINDS = (
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-    *(nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d),
-)
+_OTHER_KINDS = (nn.LocalResponseNorm, nn.CrossMapLRN2d)
 
 
 @dataclass(frozen=True)
@@ -76,15 +89,16 @@ class Report:
 
 
 def convert(model: nn.Module, example: Any = None) -> Report:
-    """Makes the LayerNorm and RMSNorm modules of a model compute with normext, in place. Prints nothing.
+    """Makes the norms of a model compute with normext, in place. Prints nothing.
 
     Only the class of a module changes: parameters and their tying, buffers, hooks, the training mode, optimizers that
-    hold the parameters and the state_dict stay as they are. Swapped are modules whose type is exactly
-    `torch.nn.LayerNorm` or `torch.nn.RMSNorm`, and modules of other classes with "norm" in their name, as in Hugging
-    Face `transformers`, that are found to compute `rms_norm` (with some rounding and weight_offset) or `layer_norm`:
-    the same dtype and bits as the plain torch formula in float32, bfloat16, float16 and the mixes of float32 and
-    bfloat16, at three scales. Their new class is a subclass of their own, so isinstance, pickle and deepcopy go on to
-    work. In float64 ours computes in float64, where such classes often compute in float32.
+    hold the parameters and the state_dict stay as they are. Swapped are modules whose type is exactly the LayerNorm,
+    RMSNorm, BatchNorm1d/2d/3d, SyncBatchNorm, GroupNorm or InstanceNorm1d/2d/3d of `torch.nn`, and modules of other
+    classes with "norm" in their name, as in Hugging Face `transformers`, that are found to compute `rms_norm` (with some
+    rounding and weight_offset) or `layer_norm`: the same dtype and bits as the plain torch formula in float32, bfloat16,
+    float16 and the mixes of float32 and bfloat16, at three scales. Their new class is a subclass of their own, so
+    isinstance, pickle and deepcopy go on to work. In float64 ours computes in float64, where such classes often compute
+    in float32.
 
     Refused, with a reason in the report: subclasses of the torch classes, parametrised and scripted modules, modules
     whose forward was replaced on the instance by anything but accelerate's hooks, and norms that compute something
@@ -142,9 +156,9 @@ def _replacement(module: nn.Module, known: dict[object, Recipe | str]) -> tuple[
     if parametrize.is_parametrized(module):
         raise Unrecognised("parametrised: remove the parametrisation first")
     if kind in _TORCH_CLASSES:
-        new_class = _TORCH_CLASSES[kind]
-        return new_class, "layer_norm" if new_class is LayerNorm else "rms_norm(rounding='torch')"
-    if isinstance(module, tuple(_TORCH_CLASSES)) and not kind.__module__.startswith(_HUGGING_FACE):
+        return _TORCH_CLASSES[kind]
+    tried = isinstance(module, _ROW_NORMS) and kind.__module__.startswith(_HUGGING_FACE)
+    if isinstance(module, tuple(_TORCH_CLASSES)) and not tried:
         raise Unrecognised("a subclass of the torch class, which may be meant to do something else")
     key = configuration(module)
     if key not in known:

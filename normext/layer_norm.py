@@ -109,7 +109,7 @@ class _LayerNorm(torch.autograd.Function):
             needs = (needs_input or needs_residual) | needs_weight << 1 | needs_bias << 2
             if is_grad_enabled() or special():
                 found = _library.gradients(
-                    _backward, reference, needs, grad_output, grad_summed, stats, (x, weight, bias), (ndim,), (ndim, eps)
+                    _backward, reference, needs, (grad_output, grad_summed), stats, (x, weight, bias), (ndim,), (ndim, eps)
                 )
             else:  # the same, without the calls that decide what is to be done [1.2 us of 33]
                 try:

@@ -35,7 +35,13 @@ class Block(nn.Module):
         return self.tied(self.shared(self.batch(x.transpose(1, 2)).transpose(1, 2)))
 
 
-NORMS = {"first": normext.LayerNorm, "bare": normext.LayerNorm, "second": normext.RMSNorm, "tied": normext.LayerNorm}
+NORMS = {
+    "first": normext.LayerNorm,
+    "bare": normext.LayerNorm,
+    "second": normext.RMSNorm,
+    "batch": normext.BatchNorm1d,
+    "tied": normext.LayerNorm,
+}
 
 
 @pytest.fixture
@@ -65,7 +71,6 @@ def test_swaps_the_class_and_nothing_else(model, x, capsys):
     assert {s.name for s in report.swapped} == set(NORMS)
     assert (report.refused, report.never_called) == ((), None)
     assert {name: type(getattr(model, name)) for name in NORMS} == NORMS
-    assert type(model.batch) is nn.BatchNorm1d
     assert torch.get_rng_state().equal(generator)
     assert {id(m): {k: v for k, v in m.__dict__.items() if k != "training"} for m in model.modules()} == before
     assert [id(p) for p in model.parameters()] == parameters
@@ -240,8 +245,45 @@ def test_refuses_with_a_reason(make, reason):
 
 @pytest.mark.once
 def test_other_kinds_of_norm_are_not_mentioned():
-    model = nn.Sequential(nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4), nn.LocalResponseNorm(2))
+    model = nn.Sequential(nn.LocalResponseNorm(2), nn.CrossMapLRN2d(2))
     assert normext.convert(model) == normext.Report((), ())
+
+
+CHANNEL_NORMS = {
+    "BatchNorm1d": ((4,), (3, 4, 5)),
+    "BatchNorm2d": ((4,), (3, 4, 5, 2)),
+    "BatchNorm3d": ((4,), (3, 4, 5, 2, 2)),
+    "SyncBatchNorm": ((4,), (3, 4, 5)),
+    "GroupNorm": ((2, 4), (3, 4, 5)),
+    "InstanceNorm1d": ((4,), (3, 4, 5)),
+    "InstanceNorm2d": ((4,), (3, 4, 5, 2)),
+    "InstanceNorm3d": ((4,), (3, 4, 5, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", CHANNEL_NORMS)
+def test_channel_norms_are_swapped_and_compute_the_same(name, device):
+    arguments, shape = CHANNEL_NORMS[name]
+    more = {"affine": True, "track_running_stats": True} if name.startswith("Instance") else {}
+    theirs = nn.Sequential(getattr(nn, name)(*arguments, **more)).to(device)
+    ours = copy.deepcopy(theirs)
+    (swapped,) = normext.convert(ours).swapped
+    assert (swapped.name, swapped.kind.rsplit(".", 1)[1]) == ("0", name)
+    assert type(ours[0]) is getattr(normext, name)
+    x = torch.randn(shape).to(device)
+    for mode in (True, True, False):
+        torch.testing.assert_close(ours.train(mode)(x), theirs.train(mode)(x))
+    for key, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value)
+
+
+@pytest.mark.once
+def test_subclasses_of_channel_norms_are_refused():
+    class Mine(nn.BatchNorm2d):
+        pass
+
+    (refused,) = normext.convert(nn.Sequential(Mine(4))).refused
+    assert "subclass" in refused.reason
 
 
 # ---- The example forward
@@ -256,8 +298,8 @@ def test_example_finds_norms_that_never_run(wrap, x, device):
     model = Skips().to(device).eval()
     before = {name: list(module.__dict__) for name, module in model.named_modules()}
     report = normext.convert(model, wrap(x))
-    assert report.never_called == ("bare", "second", "tied")
-    assert "never called by the example: bare, second, tied" in str(report)
+    assert report.never_called == ("bare", "second", "batch", "tied")
+    assert "never called by the example: bare, second, batch, tied" in str(report)
     assert {name: list(module.__dict__) for name, module in model.named_modules()} == before
     assert normext.convert(model, wrap(x)).never_called == report.never_called
 

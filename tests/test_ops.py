@@ -29,7 +29,7 @@ def test_opcheck(name, device):
         torch.library.opcheck(raw_ops.op(name), args, test_utils=TESTS[:2])
 
 
-@pytest.mark.parametrize("name", ["layer_norm_export", "rms_norm_export"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_export")])
 def test_opcheck_of_differentiable_ops(name, device):
     for args in raw_ops.arguments(device=device, requires_grad=True)[name]:
         torch.library.opcheck(raw_ops.op(name), args)
@@ -65,7 +65,7 @@ def run(name, args):
     args = tuple(a.clone() if isinstance(a, torch.Tensor) and name.endswith("_") else a for a in args)
     results = raw_ops.op(name)(*args)
     if results is None:
-        return args[:2]
+        return [a for a in args[:3] if isinstance(a, torch.Tensor)]
     return results if isinstance(results, tuple) else (results,)
 
 
@@ -149,17 +149,27 @@ def test_every_inconsistent_companion_is_refused(name, device):
     """Each tensor in turn gets another shape, dtype or device: too small is an out-of-bounds read if it is not refused."""
     for args in raw_ops.arguments(device=device)[name]:
         for place, argument in enumerate(args):
-            if not isinstance(argument, torch.Tensor) or place == 0:
+            if not isinstance(argument, torch.Tensor) or place == 0 or not argument.is_floating_point():
                 continue
             flat = argument.detach().reshape(-1)
             smaller, longer = argument.detach()[:-1], torch.cat([argument.detach(), argument.detach()])
             for wrong in (flat[:1], flat[:0], smaller, longer, argument.detach()[None], argument.detach().to(torch.int64)):
+                if (wrong.shape, wrong.dtype) == (argument.shape, argument.dtype):
+                    continue
                 with pytest.raises(RuntimeError, match="expected"):
                     raw_ops.op(name)(*args[:place], wrong, *args[place + 1 :])
-            wrong_type = argument.detach().to(torch.float64)
+            wrong_type = argument.detach().to(torch.float32 if argument.dtype == torch.float64 else torch.float64)
             for wrong in (wrong_type, argument.detach().to("meta")):
                 with pytest.raises((RuntimeError, NotImplementedError)):
                     raw_ops.op(name)(*args[:place], wrong, *args[place + 1 :])
+
+
+def test_wrong_counts_of_batches_are_refused(device):
+    args = raw_ops.arguments(device=device)["batch_norm_update_"][1]
+    for wrong in (torch.ones(2), torch.ones(0), torch.ones(1, 1), torch.ones(1, dtype=torch.int32)):
+        wrong = wrong.to(device) if wrong.dtype == torch.int32 else wrong.to(device, torch.int64)
+        with pytest.raises(RuntimeError, match="num_batches_tracked"):
+            raw_ops.op("batch_norm_update_")(*args[:3], wrong, args[4])
 
 
 def test_bad_numbers_are_refused(device):
@@ -176,5 +186,16 @@ def test_bad_numbers_are_refused(device):
         for needs in (-1, 8, 16):
             with pytest.raises(RuntimeError, match="needs"):
                 raw_ops.op(name)(*args, needs)
+    for name in ("batch_norm_inference", "batch_norm_forward", "group_norm_inference", "batch_norm_apply"):
+        for activation in (-1, 5, 2**40):
+            with pytest.raises(RuntimeError, match="activation"):
+                raw_ops.op(name)(*table[name][0][:-1], activation)
+    for name in ("batch_norm_backward", "group_norm_backward", "batch_norm_backward_apply"):
+        for needs in (-1, 16, 2**40):
+            with pytest.raises(RuntimeError, match="needs"):
+                raw_ops.op(name)(*table[name][0][:-1], needs)
+    for groups in (0, -1, 3, 2**40):
+        with pytest.raises(RuntimeError, match="num_groups"):
+            raw_ops.op("group_norm")(*table["group_norm"][0][:3], groups, 1e-5)
     with pytest.raises(RuntimeError, match="rounding"):
         raw_ops.op("rms_norm_inference")(*table["rms_norm_inference"][0][:-1], 2)

@@ -15,14 +15,33 @@ inline namespace NORMEXT_ISA {
 template <class V>
 struct Math;
 
+NORMEXT_INLINE float bits_to_float(std::uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+NORMEXT_INLINE std::uint32_t float_to_bits(float value) {
+  std::uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
 template <>
 struct Math<float> {
+  using Scalar = float;
+  static constexpr bool kDouble = false;
   NORMEXT_INLINE static float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
   NORMEXT_INLINE static float sqrt(float a) { return ::sqrtf(a); }
+  NORMEXT_INLINE static std::uint32_t to_bits(float a) { return float_to_bits(a); }
+  NORMEXT_INLINE static float from_bits(std::uint32_t bits) { return bits_to_float(bits); }
 };
 
 template <>
 struct Math<double> {
+  using Scalar = double;
+  static constexpr bool kDouble = true;
+  NORMEXT_INLINE static double exp(double a) { return ::exp(a); }
+  NORMEXT_INLINE static double erfc(double a) { return ::erfc(a); }
   NORMEXT_INLINE static double fma(double a, double b, double c) { return ::fma(a, b, c); }
   NORMEXT_INLINE static double sqrt(double a) { return ::sqrt(a); }
 };
@@ -41,17 +60,6 @@ NORMEXT_INLINE V reciprocal_sqrt(V x) {
   const V h = fma<V>(-t, r, V{} + 1.0f) - fma<V>(x, r, -t) * r;
   // x of zero or infinity leaves nothing to refine.
   return h - h == V{} ? fma<V>(0.5f * r, h, r) : r;
-}
-
-NORMEXT_INLINE float bits_to_float(std::uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-NORMEXT_INLINE std::uint32_t float_to_bits(float value) {
-  std::uint32_t bits;
-  memcpy(&bits, &value, sizeof(bits));
-  return bits;
 }
 
 // Scalar conversions by integer arithmetic: round to nearest even, NaN to the quiet NaN torch uses.

@@ -25,7 +25,7 @@ struct RowForwardArgs {
   RowLayout input_layout, residual_layout, residual_out_layout, output_layout;
   double eps = 0.0;
   double alpha = 1.0;
-  double weight_offset = 0.0;  // RMSNorm: the weight used is weight_offset + weight
+  double weight_offset = -0.0;  // RMSNorm: the weight used is weight_offset + weight; -0 leaves every weight as it is
   Rounding rounding = Rounding::kTorch;
 };
 
@@ -45,7 +45,7 @@ struct RowBackwardArgs {
   void* grad_weight = nullptr;              // [cols] or null
   void* grad_bias = nullptr;                // [cols] or null
   RowLayout grad_output_layout, grad_residual_out_layout, input_layout;
-  double weight_offset = 0.0;
+  double weight_offset = -0.0;
   Rounding rounding = Rounding::kTorch;
 };
 

@@ -23,6 +23,10 @@ enum class Rounding : int {
 
 enum class RowNorm : int { kLayerNorm, kRmsNorm };
 
+// Applied to the output of a channel norm; gelu is the exact one (erf), leaky_relu has slope kLeakyReluSlope.
+enum class Activation : int { kNone, kRelu, kSilu, kGelu, kLeakyRelu };
+constexpr double kLeakyReluSlope = 0.01;
+
 template <class T>
 struct AccumulateOf {
   using type = float;

@@ -67,11 +67,6 @@ const IsaKernels& choose_kernels() {
   fail("NORMEXT_CPU_ISA: expected one of " + names + ", got " + wanted);
 }
 
-const IsaKernels& kernels() {
-  static const IsaKernels& chosen = choose_kernels();
-  return chosen;
-}
-
 // Waking the pool costs a microsecond or two, in which one core handles this much, counted as if 16-bit elements had 32 bits: they
 // take as long. Measured even at about 18000 elements of a norm and 9000 of a fused one.
 constexpr std::int64_t kSerialBytes = 160 * 1024;
@@ -83,10 +78,6 @@ constexpr std::int64_t kBlockRows = 4;
 constexpr std::int64_t kBlockCols = 32768;
 
 std::int64_t segments_of(std::int64_t cols) { return (cols + kSegment - 1) / kSegment; }
-
-Parallel threads_for(const Parallel& parallel, std::int64_t bytes) {
-  return parallel.run == nullptr || bytes < kSerialBytes ? Parallel{} : parallel;
-}
 
 std::int64_t run_count(std::int64_t rows) { return rows >= 8192 ? kMaxRuns : std::clamp<std::int64_t>(rows / 32, 1, 64); }
 
@@ -128,6 +119,15 @@ bool huge_pages_wanted() {
 }
 
 }  // namespace
+
+const IsaKernels& kernels() {
+  static const IsaKernels& chosen = choose_kernels();
+  return chosen;
+}
+
+Parallel threads_for(const Parallel& parallel, std::int64_t bytes) {
+  return parallel.run == nullptr || bytes < kSerialBytes ? Parallel{} : parallel;
+}
 
 void row_forward(RowNorm norm, const RowForwardArgs& args, const Parallel& parallel) {
   if (args.rows == 0) return;

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/channel_args.h"
 #include "core/row_args.h"
 #include "core/types.h"
 
@@ -22,6 +23,15 @@ struct Parallel {
 void row_forward(RowNorm norm, const RowForwardArgs& args, const Parallel& parallel);
 std::size_t row_backward_workspace(RowNorm norm, const RowBackwardArgs& args);  // bytes; any alignment will do
 void row_backward(RowNorm norm, const RowBackwardArgs& args, void* workspace, const Parallel& parallel);
+
+// Likewise for channel norms. The workspace may have any alignment. Nothing is called on an empty input.
+std::size_t channel_forward_workspace(const ChannelForwardArgs& args);
+void channel_forward(const ChannelForwardArgs& args, void* workspace, const Parallel& parallel);
+std::size_t channel_backward_workspace(const ChannelBackwardArgs& args);
+void channel_backward(const ChannelBackwardArgs& args, void* workspace, const Parallel& parallel);
+void merge_moments(const ChannelMergeArgs& args);
+void fixed_stats(const FixedStatsArgs& args);
+void update_running(const RunningArgs& args);
 
 const char* isa_name();                     // the one in use: NORMEXT_CPU_ISA, or the best the machine has
 std::vector<std::string> available_isas();  // slowest first: {"scalar", "avx2", "avx512"}

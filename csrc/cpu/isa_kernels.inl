@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "cpu/channel_kernels.inl"
 #include "cpu/row_backward.inl"
 #include "cpu/row_forward.inl"
 
@@ -12,6 +13,7 @@ extern const cpu::IsaKernels kKernels;
 const cpu::IsaKernels kKernels = {
     NORMEXT_ISA_NAME,
     {{forward<LayerNorm>, backward<LayerNorm>}, {forward<RmsNorm>, backward<RmsNorm>}},
+    {channel_forward, channel_backward},
 };
 
 }  // namespace NORMEXT_ISA

@@ -56,7 +56,7 @@ struct RowGradient {
     if (args.weight == nullptr) return {V{} + A(1), V{} + A(1)};
     Pair<A> w = load<T>(static_cast<const P*>(args.weight) + column, extent);
     if constexpr (!Policy::kCentred) {
-      const A offset = args.weight_offset == 0.0 ? static_cast<A>(-0.0) : static_cast<A>(args.weight_offset);
+      const A offset = static_cast<A>(args.weight_offset);
       w = {w.a + offset, w.b + offset};
     }
     return w;

@@ -249,8 +249,7 @@ NORMEXT_INLINE void apply(const RowForwardArgs& args, const T* const* x, O* cons
   using A = Accumulate<T>;
   const P* weight = static_cast<const P*>(args.weight);
   const P* bias = static_cast<const P*>(args.bias);
-  // -0 is what leaves every weight as it is.
-  const A offset = args.weight_offset == 0.0 ? static_cast<A>(-0.0) : static_cast<A>(args.weight_offset);
+  const A offset = static_cast<A>(args.weight_offset);
   for_units<A>(begin, end, [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
     Pair<A> w = {Vector<A>{} + A(1), Vector<A>{} + A(1)}, b = {};
     if constexpr ((kMode & kWeight) != 0) w = load<T>(weight + column, extent);

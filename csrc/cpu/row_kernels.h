@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/row_args.h"
+#include "cpu/channel_kernels.h"
 #include "cpu/isa.h"
 
 namespace normext::cpu {
@@ -43,10 +44,15 @@ struct RowKernels {
   void (*backward)(const RowBackwardArgs& args, const BackwardPlan& plan);
 };
 
-// The kernels of one instruction set, indexed by RowNorm.
+// The kernels of one instruction set.
 struct IsaKernels {
   const char* name;
-  RowKernels row[2];
+  RowKernels row[2];  // indexed by RowNorm
+  ChannelKernels channel;
 };
+
+const IsaKernels& kernels();  // the ones in use
+// The caller's threads, or none where waking them costs more than they save: `bytes` are those of all passes over the values.
+Parallel threads_for(const Parallel& parallel, std::int64_t bytes);
 
 }  // namespace normext::cpu

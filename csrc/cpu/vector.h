@@ -85,9 +85,25 @@ struct VectorMath {
   NORMEXT_INLINE static V sqrt(V a) { return sqrt_lanes(a); }
 };
 template <>
-struct Math<Vector<float>> : VectorMath<Vector<float>> {};
+struct Math<Vector<float>> : VectorMath<Vector<float>> {
+  using Scalar = float;
+  static constexpr bool kDouble = false;
+  NORMEXT_INLINE static FloatBits to_bits(Floats a) { return reinterpret_cast<FloatBits>(a); }
+  NORMEXT_INLINE static Floats from_bits(FloatBits bits) { return reinterpret_cast<Floats>(bits); }
+};
 template <>
-struct Math<Vector<double>> : VectorMath<Vector<double>> {};
+struct Math<Vector<double>> : VectorMath<Vector<double>> {
+  using Scalar = double;
+  static constexpr bool kDouble = true;
+  NORMEXT_INLINE static Vector<double> exp(Vector<double> a) {
+    for (int i = 0; i < kLanes<double>; ++i) a[i] = ::exp(a[i]);
+    return a;
+  }
+  NORMEXT_INLINE static Vector<double> erfc(Vector<double> a) {
+    for (int i = 0; i < kLanes<double>; ++i) a[i] = ::erfc(a[i]);
+    return a;
+  }
+};
 
 template <class X>
 NORMEXT_INLINE X load_bytes(const void* p) {

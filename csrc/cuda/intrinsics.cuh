@@ -114,6 +114,7 @@ __device__ __forceinline__ std::uint32_t pair_from_accumulate(float low, float h
 }
 template <class Unit>
 __device__ __forceinline__ void forget_derived(Unit&) {}
+__device__ __forceinline__ std::int64_t opaque_offset(std::int64_t offset) { return offset; }
 template <class T, class A>
 __device__ __forceinline__ T from_accumulate(A x) {
   if constexpr (sizeof(T) == 2) {
@@ -234,6 +235,13 @@ __device__ __forceinline__ void forget_derived(double& value) { asm volatile("" 
 template <class T>
 __device__ __forceinline__ void forget_derived(T& half) {
   asm volatile("" : "+h"(half.bits));
+}
+
+// The same offset, of which the compiler knows no parts: where it sees a sum with a multiple of the pack, nvcc 13.0 shuffles the
+// terms and no longer recognises the words of store_pack as neighbours [4 stores instead of one].
+__device__ __forceinline__ std::int64_t opaque_offset(std::int64_t offset) {
+  asm("" : "+l"(offset));
+  return offset;
 }
 
 __device__ __forceinline__ float to_accumulate(Half x) {

@@ -26,7 +26,7 @@ struct RowBackwardParams {
   RowBackwardArgs args;
   RowTree tree;
   RowMapping mapping;
-  A weight_offset;  // -0, which changes no weight, where there is none
+  A weight_offset;
   std::int64_t runs;
   BackwardPhase phase;
   A* row_sums;        // kSplit: [rows][2][segments]

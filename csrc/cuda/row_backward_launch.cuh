@@ -48,7 +48,7 @@ RowBackwardParams<A> row_backward_params(const RowBackwardArgs& args, const RowB
   params.tree = plan.tree;
   params.mapping = plan.mapping;
   params.runs = plan.runs;
-  params.weight_offset = static_cast<A>(args.weight != nullptr && args.weight_offset != 0.0 ? args.weight_offset : -0.0);
+  params.weight_offset = static_cast<A>(args.weight_offset);
   params.row_sums = static_cast<A*>(workspace);
   params.weight_partial = sizes.weight > 0 ? params.row_sums + sizes.row_sums : nullptr;
   params.bias_partial = sizes.bias > 0 ? params.row_sums + sizes.row_sums + sizes.weight : nullptr;

@@ -22,7 +22,7 @@ struct RowForwardParams {
   RowForwardArgs args;
   RowTree tree;
   RowMapping mapping;
-  A eps, alpha, weight_offset;  // weight_offset: -0, which changes no weight, where there is none
+  A eps, alpha, weight_offset;
   void* partials;               // kSplit: [rows][values][segments]
   bool input_aligned;           // input and residual: vector accesses are legal
   bool output_aligned;          // output and residual_out

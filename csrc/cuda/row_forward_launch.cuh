@@ -40,7 +40,7 @@ RowForwardParams<A> row_forward_params(const RowForwardArgs& args, const RowForw
   params.mapping = plan.mapping;
   params.eps = static_cast<A>(args.eps);
   params.alpha = static_cast<A>(args.alpha);
-  params.weight_offset = static_cast<A>(args.weight != nullptr && args.weight_offset != 0.0 ? args.weight_offset : -0.0);
+  params.weight_offset = static_cast<A>(args.weight_offset);
   params.partials = workspace;
   params.input_aligned = rows_aligned(args.input, args.input_layout, size, access) &&
                          (!residual || rows_aligned(args.residual, args.residual_layout, size, access));

@@ -1,6 +1,5 @@
 #include "ops/row_check.h"
 
-#include <algorithm>
 #include <string>
 
 #include "core/dtypes.h"
@@ -8,18 +7,6 @@
 
 namespace normext::ops {
 namespace {
-
-[[noreturn]] void refuse_argument(const char* op, const std::string& expected, const std::string& got) {
-  refuse(std::string(op) + ": expected " + expected + ", got " + got);
-}
-
-// A kernel never follows a pointer of another device.
-void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {
-  if (!tensor) refuse_argument(op, name, "an undefined tensor");
-  if (tensor.device() != input.device()) {
-    refuse_argument(op, std::string(name) + " on " + input.device_text() + " like input", tensor.device_text());
-  }
-}
 
 void check_parameter(const char* op, const char* name, const Tensor& parameter, const Tensor& input, int leading, DType dtype) {
   check_device(op, name, parameter, input);
@@ -72,14 +59,6 @@ Geometry check_geometry(const char* op, const Tensor& input, const Tensor* weigh
   return geometry;
 }
 
-void check_like_input(const char* op, const char* name, const Tensor& tensor, const Tensor& input, DType dtype) {
-  check_device(op, name, tensor, input);
-  if (!tensor.same_shape(input)) {
-    refuse_argument(op, std::string(name) + " of input's shape " + input.shape_text(), tensor.shape_text());
-  }
-  if (!tensor.has_dtype(dtype)) refuse_argument(op, std::string(name) + " of " + dtype_text(dtype), tensor.dtype_text());
-}
-
 bool collapse(const Tensor& tensor, int leading, RowLayout* layout) {
   std::int64_t expected = 1;
   for (int d = tensor.ndim() - 1; d >= leading; --d) {
@@ -89,9 +68,6 @@ bool collapse(const Tensor& tensor, int leading, RowLayout* layout) {
   }
   return collapse_rows(tensor.sizes(), tensor.strides(), leading, layout);
 }
-
-// The dimensions of a channels-last tensor from fastest to slowest: C, W, H, (D,) N.
-int channels_last_dim(int place, int ndim) { return place == 0 ? 1 : (place == ndim - 1 ? 0 : ndim - place); }
 
 }  // namespace
 
@@ -112,16 +88,7 @@ Geometry check(const RowBackward& request) {
   if (request.grad_residual_out != nullptr) {
     check_like_input(op, "grad_residual_out", *request.grad_residual_out, input, geometry.dtype);
   }
-  const Tensor& stats = request.stats;
-  const int planes = stats_planes(request.norm);
-  check_device(op, "stats", stats, input);
-  if (!stats.has_shape({planes, geometry.rows}) || !stats.is_contiguous()) {
-    refuse_argument(op, "contiguous stats of shape [" + std::to_string(planes) + ", " + std::to_string(geometry.rows) + "]",
-                    stats.shape_text());
-  }
-  if (!stats.has_dtype(geometry.stats_dtype)) {
-    refuse_argument(op, "stats of " + dtype_text(geometry.stats_dtype), stats.dtype_text());
-  }
+  check_buffer(op, "stats", request.stats, {stats_planes(request.norm), geometry.rows}, geometry.stats_dtype, input);
   const bool centred = request.norm == RowNorm::kLayerNorm;
   const std::int64_t possible = 1 + (request.weight != nullptr ? 2 : 0) + (centred ? 4 : 0);
   if ((request.needs & ~possible) != 0) {
@@ -165,39 +132,6 @@ Rows rows_of(const Tensor& tensor, const Geometry& geometry, DType dtype) {
   rows.layout = strided_rows(geometry.rows, geometry.cols);
   rows.data = rows.copy.data();
   return rows;
-}
-
-Elements elements_of(const Tensor* parameter, DType dtype) {
-  Elements elements;
-  if (parameter == nullptr) return elements;
-  if (!parameter->is_contiguous()) elements.copy = contiguous_copy(*parameter, dtype);
-  elements.data = (elements.copy ? elements.copy : *parameter).data();
-  return elements;
-}
-
-bool is_channels_last(const Tensor& tensor) {
-  if (tensor.ndim() != 4 && tensor.ndim() != 5) return false;
-  const std::int64_t channel_stride = tensor.strides()[1];
-  if (channel_stride == 0) return false;
-  std::int64_t least = 0;
-  for (int place = 0; place < tensor.ndim(); ++place) {
-    const int d = channels_last_dim(place, tensor.ndim());
-    if (tensor.sizes()[d] == 0 || tensor.strides()[d] < least) return false;
-    if (d == 0 && least == channel_stride) return false;  // N111 and NC11: the order cannot be told, so it is contiguous
-    least = tensor.strides()[d] * std::max<std::int64_t>(tensor.sizes()[d], 1);
-  }
-  return true;
-}
-
-Tensor allocate_channels_last(const Tensor& like, DType dtype) {
-  std::int64_t strides[5];
-  std::int64_t next = 1;
-  for (int place = 0; place < like.ndim(); ++place) {
-    const int d = channels_last_dim(place, like.ndim());
-    strides[d] = next;
-    next *= like.sizes()[d];
-  }
-  return allocate(like.ndim(), like.sizes(), strides, dtype, like.device());
 }
 
 }  // namespace normext::ops

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/row_args.h"
+#include "ops/check.h"
 #include "ops/row_norm.h"
 #include "ops/tensor.h"
 
@@ -36,16 +37,5 @@ struct Rows {
   Tensor copy;
 };
 Rows rows_of(const Tensor& tensor, const Geometry& geometry, DType dtype);
-
-// A parameter's elements; a strided parameter is copied.
-struct Elements {
-  const void* data = nullptr;
-  Tensor copy;
-};
-Elements elements_of(const Tensor* parameter, DType dtype);
-
-// torch's suggest_memory_format() for 4 and 5 dimensions, and an output in that format.
-bool is_channels_last(const Tensor& tensor);
-Tensor allocate_channels_last(const Tensor& like, DType dtype);
 
 }  // namespace normext::ops

@@ -1,10 +1,6 @@
 #include "ops/row_norm.h"
 
-#include <pthread.h>
-
-#include <cstring>
-
-#include "cpu/isa.h"
+#include "ops/launch.h"
 #include "ops/row_check.h"
 
 #if NORMEXT_WITH_CUDA || NORMEXT_EMULATED
@@ -13,69 +9,6 @@
 
 namespace normext::ops {
 namespace {
-
-// torch's thread pool, as the kernels see it. Bodies do not throw.
-struct Range {
-  void (*body)(void*, std::int64_t, std::int64_t);
-  void* context;
-};
-
-void run_range(std::int64_t begin, std::int64_t end, void* context) {
-  const auto* range = static_cast<const Range*>(context);
-  range->body(range->context, begin, end);
-}
-
-void run_parallel(std::int64_t tasks, void (*body)(void*, std::int64_t, std::int64_t), void* context) {
-  Range range{body, context};
-  if (torch_parallel_for(0, tasks, 1, &run_range, &range) != AOTI_TORCH_SUCCESS) {
-    refuse("normext: torch's thread pool failed");
-  }
-}
-
-// Set in a forked child: the threads of torch's OpenMP pool do not exist there, and waking them would wait for ever.
-bool forked = false;
-const bool watched = pthread_atfork(nullptr, nullptr, [] { forked = true; }) == 0;
-
-cpu::Parallel thread_pool() {
-  if (!watched || forked) return {};
-  std::uint32_t threads = 1;
-  if (torch_get_num_threads(&threads) != AOTI_TORCH_SUCCESS || threads <= 1) return {};
-  return {static_cast<int>(threads), &run_parallel};
-}
-
-// Memory from torch's allocator, or from the stack for a small need of the CPU [0.4 us less].
-class Workspace {
- public:
-  Workspace(std::size_t bytes, Device device) {
-    if (bytes == 0) return;
-    if (device.is_cpu() && bytes <= sizeof(small_)) {
-      if (poisoned()) std::memset(small_, 0xff, sizeof(small_));  // NaN in every float type
-      address_ = small_;
-      return;
-    }
-    large_ = allocate({static_cast<std::int64_t>((bytes + 3) / 4)}, DType::kFloat32, device);
-    address_ = large_.mutable_data();
-  }
-  void* address() { return address_; }
-
- private:
-  alignas(64) unsigned char small_[8192];
-  Tensor large_;
-  void* address_ = nullptr;
-};
-
-void* address_or_null(const Tensor& tensor) { return tensor ? tensor.mutable_data() : nullptr; }
-
-// In the emulated build CPU tensors run the CUDA kernels.
-bool runs_cpu_kernels(Device device) { return device.is_cpu() && !NORMEXT_EMULATED; }
-
-#if NORMEXT_WITH_CUDA || NORMEXT_EMULATED
-int cuda_index(Device device) { return device.is_cuda() ? device.index : 0; }
-#else
-[[noreturn]] void refuse_cuda() {
-  refuse("normext was built without CUDA and got a CUDA tensor: install the CUDA toolkit (nvcc) and build normext again");
-}
-#endif
 
 void launch(RowNorm norm, const RowForwardArgs& args, Device device) {
   if (runs_cpu_kernels(device)) return cpu::row_forward(norm, args, thread_pool());
@@ -102,6 +35,11 @@ void launch(RowNorm norm, const RowBackwardArgs& args, Device device) {
 #endif
 }
 
+// -0 where there is nothing to add, or nothing to add it to: 0 would turn a weight of -0 into 0.
+double offset_of(double weight_offset, const Tensor* weight) {
+  return weight == nullptr || weight_offset == 0.0 ? -0.0 : weight_offset;
+}
+
 // Everything but the tensors that are read or written row by row.
 RowForwardArgs forward_args(const RowForward& request, const Geometry& geometry, const Elements& weight, const Elements& bias) {
   RowForwardArgs args;
@@ -114,7 +52,7 @@ RowForwardArgs forward_args(const RowForward& request, const Geometry& geometry,
   args.bias = bias.data;
   args.eps = request.eps;
   args.alpha = request.alpha;
-  args.weight_offset = request.weight_offset;
+  args.weight_offset = offset_of(request.weight_offset, request.weight);
   args.rounding = geometry.rounding;
   return args;
 }
@@ -219,7 +157,7 @@ RowBackwardResult row_backward(const RowBackward& request) {
   args.input_layout = input_rows.layout;
   args.weight = weight.data;
   args.stats = request.stats.data();
-  args.weight_offset = request.weight_offset;
+  args.weight_offset = offset_of(request.weight_offset, request.weight);
   args.rounding = geometry.rounding;
   args.grad_input = (request.needs & 1) != 0 ? result.grad_input.mutable_data() : nullptr;
   args.grad_weight = (request.needs & 2) != 0 ? result.grad_weight.mutable_data() : nullptr;

@@ -1,0 +1,36 @@
+// What channel_norm.cpp asks of the channel norm kernels of one instruction set. No inline functions here, as in row_kernels.h.
+#pragma once
+
+#include <cstdint>
+
+#include "core/channel_args.h"
+#include "cpu/isa.h"
+
+namespace normext::cpu {
+
+// How a call is divided. All that shapes a sum (piece, pieces) follows from the shape and dtype alone; `resident` and the number of
+// threads decide only who does the work, and when.
+//
+// The kernels see fewer kinds of shape than callers have: batch norm in channels-last is one image of batch * spatial rows whose
+// groups have one channel; planes of one value are channels-last; channels-last of one channel is planes.
+struct ChannelPlan {
+  Parallel parallel;
+  std::int64_t piece = 0;   // planes: values of a line that make a segment; channels-last: rows of an image that make a run
+  std::int64_t pieces = 1;  // of a line, or of an image
+  std::int64_t padded = 0;  // stride of arrays over columns
+  // A unit of work (a column of lines, an image) fits L2: everything is done for it before the next is begun. Otherwise threads
+  // share each pass over the whole input.
+  bool resident = false;
+  // Workspace, in the accumulate type. What each layout keeps there is said where it is used.
+  void* partial = nullptr;
+  void* merged = nullptr;
+  void* rows = nullptr;
+  void* params = nullptr;
+};
+
+struct ChannelKernels {
+  void (*forward)(const ChannelForwardArgs& args, const ChannelPlan& plan);
+  void (*backward)(const ChannelBackwardArgs& args, const ChannelPlan& plan);
+};
+
+}  // namespace normext::cpu

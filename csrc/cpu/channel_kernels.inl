@@ -1,0 +1,38 @@
+// The channel norm kernels of one instruction set: from run-time types and layouts to the kernels.
+#pragma once
+
+#include "core/dtypes.h"
+#include "cpu/channel_last.inl"
+#include "cpu/channel_last_backward.inl"
+#include "cpu/channel_planes.inl"
+#include "cpu/channel_planes_backward.inl"
+
+namespace normext {
+inline namespace NORMEXT_ISA {
+namespace {
+
+template <template <class, bool> class Planes, template <class, bool> class Last, class Args>
+NORMEXT_INLINE void channel_call(const Args& args, const cpu::ChannelPlan& plan, bool fused) {
+  visit(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (args.shape.layout == ChannelLayout::kPlanes) {
+      if (fused) Planes<T, true>{args, plan}.run();
+      else Planes<T, false>{args, plan}.run();
+    } else {
+      if (fused) Last<T, true>{args, plan}.run();
+      else Last<T, false>{args, plan}.run();
+    }
+  });
+}
+
+void channel_forward(const ChannelForwardArgs& args, const cpu::ChannelPlan& plan) {
+  channel_call<PlanesForward, LastForward>(args, plan, args.residual != nullptr || args.activation != Activation::kNone);
+}
+
+void channel_backward(const ChannelBackwardArgs& args, const cpu::ChannelPlan& plan) {
+  channel_call<PlanesBackward, LastBackward>(args, plan, args.activation != Activation::kNone);
+}
+
+}  // namespace
+}  // namespace NORMEXT_ISA
+}  // namespace normext

@@ -1,0 +1,230 @@
+// Channel norms backward on [batch, spatial, channels] for one instruction set, vectorised over channels.
+//
+// Runs of rows give sum(dz) and sum(dz*xhat) per channel; runs are added per image, then images for the parameter gradients, and
+// channels of a group for its means. dx and dz are formed from the input once more, a few rows at a time.
+// plan.partial: sums [2, batch * pieces, padded]; plan.merged: the same of whole images; plan.rows: [batch, 5, padded], hi, lo,
+// rstd and the means of g and g*xhat of each channel; plan.params: [4, padded], weight, bias, sums over all images. rows, weight
+// and bias are in the order of T (vector.h).
+#pragma once
+
+#include "cpu/channel_last.inl"
+#include "cpu/channel_planes_backward.inl"
+
+namespace normext {
+inline namespace NORMEXT_ISA {
+namespace {
+
+constexpr int kGradientRows = 4;  // that share the scalars of a channel
+
+template <class T, bool kFused>
+struct LastBackward {
+  using A = Accumulate<T>;
+  using V = Vector<A>;
+
+  const ChannelBackwardArgs& args;
+  const cpu::ChannelPlan& plan;
+  const ChannelShape& shape = args.shape;
+  const std::int64_t channels = shape.channels;
+  const std::int64_t padded = plan.padded;
+  const T* const input = static_cast<const T*>(args.input);
+  const T* const grad_output = static_cast<const T*>(args.grad_output);
+  const T* const residual = static_cast<const T*>(args.residual);
+  A* const image_sums = static_cast<A*>(plan.merged);
+  A* const params = static_cast<A*>(plan.params);
+  A* const totals = params + 2 * padded;
+
+  NORMEXT_INLINE A* rows_of(std::int64_t image) const { return static_cast<A*>(plan.rows) + image * 5 * padded; }
+
+  // Scalars of one unit of channels.
+  struct Unit {
+    CentredRow<V> slab[2];
+    Pair<A> weight, bias;
+  };
+  NORMEXT_INLINE Unit unit_of(const A* rows, std::int64_t c) const {
+    const ChannelRows<A> row(rows, padded, c);
+    return {{row.a, row.b}, Packed<A>::read(params + c).unpack(), Packed<A>::read(params + padded + c).unpack()};
+  }
+
+  // Sums of runs [begin, end) of all images.
+  __attribute__((noinline)) void sums(std::int64_t begin, std::int64_t end) const {
+    const std::int64_t table = shape.batch * plan.pieces * padded;
+    for (; begin < end; ++begin) {
+      const std::int64_t image = begin / plan.pieces, from = begin % plan.pieces * plan.piece;
+      const std::int64_t first = (image * shape.spatial + from) * channels;
+      A* out = static_cast<A*>(plan.partial) + begin * padded;
+      for_row_groups(smaller(plan.piece, shape.spatial - from), [&](std::int64_t row, int count) __attribute__((always_inline)) {
+        for_units<A>(0, channels, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
+          const Unit unit = unit_of(rows_of(image), c);
+          Pair<A> sum = {}, sum_x = {};
+          for (int r = 0; r < count; ++r) {
+            const std::int64_t i = first + (row + r) * channels + c;
+            fetch_unit(input + i + kRowsAtOnce * channels);
+            fetch_unit(grad_output + i + kRowsAtOnce * channels);
+            Pair<A> xhat[1] = {load<T>(input + i, extent)}, dz[1] = {load<T>(grad_output + i, extent)};
+            const T* const extra[1] = {at(residual, i)};
+            backward_units<T, kFused>(args.activation, extra, unit.slab, unit.weight, unit.bias, xhat, dz, extent);
+            sum = sum + dz[0];
+            sum_x = {fma(dz[0].a, xhat[0].a, sum_x.a), fma(dz[0].b, xhat[0].b, sum_x.b)};
+          }
+          if (row > 0) {
+            sum = Packed<A>::read(out + c).unpack() + sum;
+            sum_x = Packed<A>::read(out + table + c).unpack() + sum_x;
+          }
+          Packed<A>::pack(sum).write(out + c);
+          Packed<A>::pack(sum_x).write(out + table + c);
+        });
+      });
+      if constexpr (Packed<T>::kEvenOdd) {
+        for (std::int64_t c = 0; c < channels; c += kUnit<A>) {
+          store<T>(out + c, Packed<A>::read(out + c).unpack(), Whole{});
+          store<T>(out + table + c, Packed<A>::read(out + table + c).unpack(), Whole{});
+        }
+      }
+    }
+  }
+  // Sums of an image from those of its runs.
+  void merge_runs(std::int64_t image, std::int64_t begin, std::int64_t end) const {
+    if (plan.pieces == 1) return;
+    for (int q = 0; q < 2; ++q) {
+      const A* partial = static_cast<const A*>(plan.partial) + (q * shape.batch + image) * plan.pieces * padded;
+      sum_table(partial, padded, plan.pieces, image_sums + (q * shape.batch + image) * padded, begin, end);
+    }
+  }
+
+  // Means of the groups of an image, one value per channel.
+  void means(std::int64_t image) const {
+    const Parameter<T> weight = weight_of<T>(args);
+    const std::int64_t group = shape.group_channels();
+    const A n = args.given_sums ? static_cast<A>(*args.count) : static_cast<A>(shape.slab_size());
+    for (int q = 0; q < 2; ++q) {
+      const A* sums =
+          args.given_sums ? static_cast<const A*>(args.sums) + q * channels : image_sums + (q * shape.batch + image) * padded;
+      A* mean = rows_of(image) + (3 + q) * padded;
+      for (std::int64_t first = 0; first < channels; first += group) {
+        const A sum = sum_terms(group, [&](std::int64_t c) { return weight[first + c] * sums[first + c]; });
+        for (std::int64_t c = 0; c < group; ++c) mean[first + c] = sum / n;
+      }
+      for (std::int64_t c = channels; c < padded; ++c) mean[c] = 0;
+      reorder<T>(mean, padded);
+    }
+  }
+
+  template <bool kFixed, int kRows, class Extent>
+  NORMEXT_INLINE void value_units(std::int64_t first, const A* rows, std::int64_t c, Extent extent) const {
+    constexpr bool kInput = kFused || !kFixed;
+    const Unit unit = unit_of(rows, c);
+    T* grad_input = static_cast<T*>(args.grad_input);
+    T* grad_residual = static_cast<T*>(args.grad_residual);
+    const T* extra[kRows];
+    Pair<A> xhat[kRows], dz[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const std::int64_t i = first + r * channels + c;
+      extra[r] = at(residual, i);
+      fetch_unit(grad_output + i + kRows * channels);
+      if constexpr (kInput) fetch_unit(input + i + kRows * channels);
+      dz[r] = load<T>(grad_output + i, extent);
+      if constexpr (kInput) xhat[r] = load<T>(input + i, extent);
+    }
+    if constexpr (kInput) {
+      backward_units<T, kFused, kRows>(args.activation, extra, unit.slab, unit.weight, unit.bias, xhat, dz, extent);
+    }
+    if (grad_residual != nullptr) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) store<T>(grad_residual + first + r * channels + c, dz[r], extent);
+    }
+    if (grad_input == nullptr) return;
+    Pair<A> mean_g = {}, mean_gx = {};
+    if constexpr (!kFixed) {
+      mean_g = Packed<A>::read(rows + 3 * padded + c).unpack();
+      mean_gx = Packed<A>::read(rows + 4 * padded + c).unpack();
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      Pair<A> dx = {dz[r].a * unit.weight.a, dz[r].b * unit.weight.b};
+      if constexpr (kFixed) {
+        dx = {dx.a * unit.slab[0].rstd, dx.b * unit.slab[1].rstd};
+      } else {
+        dx = {LayerNorm::gradient(dx.a, xhat[r].a, unit.slab[0], mean_g.a, mean_gx.a),
+              LayerNorm::gradient(dx.b, xhat[r].b, unit.slab[1], mean_g.b, mean_gx.b)};
+      }
+      store<T>(grad_input + first + r * channels + c, dx, extent);
+    }
+  }
+
+  // dx and dz of rows [begin, end) of all images.
+  template <bool kFixed>
+  __attribute__((noinline)) void values(std::int64_t begin, std::int64_t end) const {
+    while (begin < end) {
+      const A* rows = rows_of(begin / shape.spatial);
+      const std::int64_t stop = smaller(end, (begin / shape.spatial + 1) * shape.spatial);
+      const auto take = [&](auto how_many) __attribute__((always_inline)) {
+        constexpr int kRows = decltype(how_many)::value;
+        for (; stop - begin >= kRows; begin += kRows) {
+          for_units<A>(0, channels, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
+            value_units<kFixed, kRows>(begin * channels, rows, c, extent);
+          });
+        }
+      };
+      take(std::integral_constant<int, kGradientRows>());
+      take(std::integral_constant<int, 1>());
+    }
+  }
+  void values_of(std::int64_t begin, std::int64_t end) const {
+    // Without an input gradient the means do not exist.
+    if (args.fixed_stats || args.grad_input == nullptr) values<true>(begin, end);
+    else values<false>(begin, end);
+  }
+
+  void resident_images(std::int64_t begin, std::int64_t end) const {
+    for (std::int64_t image = begin; image < end; ++image) {
+      prepare_rows<T>(args, image, rows_of(image), padded);
+      if (wants_sums(args)) {
+        sums(image * plan.pieces, (image + 1) * plan.pieces);
+        merge_runs(image, 0, channels);
+      }
+      if (wants_means(args)) means(image);
+      if (wants_values(args)) values_of(image * shape.spatial, (image + 1) * shape.spatial);
+    }
+  }
+
+  void in_phases() const {
+    for (std::int64_t image = 0; image < shape.batch; ++image) prepare_rows<T>(args, image, rows_of(image), padded);
+    if (wants_sums(args)) {
+      for_ranges(plan.parallel, shape.batch * plan.pieces, [&](std::int64_t begin, std::int64_t end) { sums(begin, end); });
+      for (std::int64_t image = 0; image < shape.batch; ++image) {
+        for_columns(plan.parallel, channels, channels * plan.pieces,
+                    [&](std::int64_t begin, std::int64_t end) { merge_runs(image, begin, end); });
+      }
+    }
+    if (wants_means(args)) {
+      for (std::int64_t image = 0; image < shape.batch; ++image) means(image);
+    }
+    if (!wants_values(args)) return;
+    const std::int64_t rows = shape.batch * shape.spatial;
+    const std::int64_t fit = kBytesOfTask / (channels * static_cast<std::int64_t>(sizeof(T))) / kApplyRows * kApplyRows;
+    const std::int64_t task = fit < kApplyRows ? kApplyRows : fit;
+    for_ranges_again(plan.parallel, (rows + task - 1) / task,
+                     [&](std::int64_t begin, std::int64_t end) { values_of(begin * task, smaller(end * task, rows)); });
+  }
+
+  void run() const {
+    prepare_params<T>(args, params, padded);
+    if (plan.resident) {
+      for_ranges(plan.parallel, shape.batch, [&](std::int64_t begin, std::int64_t end) { resident_images(begin, end); });
+    } else {
+      in_phases();
+    }
+    if (!wants_totals(args)) return;
+    for_columns(plan.parallel, channels, channels * shape.batch, [&](std::int64_t begin, std::int64_t end) {
+      for (int q = 0; q < 2; ++q) {
+        sum_table(image_sums + q * shape.batch * padded, padded, shape.batch, totals + q * padded, begin, end);
+      }
+    });
+    store_totals<T>(args, totals, totals + padded);
+  }
+};
+
+}  // namespace
+}  // namespace NORMEXT_ISA
+}  // namespace normext

@@ -1,0 +1,296 @@
+// Entry points of the channel norms on the CPU: how a call is divided, the workspace, and the small operations on statistics.
+// As for row norms, thread counts decide only who does the work; everything that shapes a sum is computed from the shape.
+
+#include "norms/channel_norm.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "core/dtypes.h"
+#include "cpu/channel_kernels.h"
+#include "cpu/isa.h"
+#include "cpu/row_kernels.h"
+
+namespace normext::cpu {
+namespace {
+
+constexpr std::int64_t kAlignment = 64;  // of the workspace: a cache line
+constexpr std::int64_t kResidentBytes =
+    1 << 20;  // of input (and gradient) that are still in L2 when they are read again: half of it
+// Rows of a run in channels-last: as many as fit L2 comfortably, since a run is read twice, but enough that merging costs little
+// and no more than the 16 terms of an accumulator that takes 8 rows at a time. An image has 8 runs if it can, so that it can be
+// shared.
+constexpr std::int64_t kRunBytes = 64 * 1024;
+constexpr std::int64_t kLeastRun = 16;
+constexpr std::int64_t kShortRun = 32;
+constexpr std::int64_t kMostRun = 128;
+constexpr std::int64_t kRunsOfImage = 8;
+constexpr std::int64_t kRowGroup = 8;
+
+std::int64_t over(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
+std::int64_t padded(std::int64_t n) { return over(n, kMaxUnit) * kMaxUnit; }
+
+// The same values seen as one of the shapes that kernels know (channel_kernels.h).
+ChannelShape seen_by_kernels(ChannelShape shape) {
+  if (shape.layout == ChannelLayout::kChannelsLast && shape.channels == 1) shape.layout = ChannelLayout::kPlanes;
+  else if (shape.layout == ChannelLayout::kPlanes && shape.spatial == 1) shape.layout = ChannelLayout::kChannelsLast;
+  if (shape.layout == ChannelLayout::kChannelsLast && shape.batch_norm()) {
+    shape.spatial *= shape.batch;
+    shape.batch = 1;
+    shape.groups = shape.channels;
+  }
+  return shape;
+}
+
+// Length of equal pieces of at most `most` values of n; whole multiples of `unit`.
+std::int64_t piece_of(std::int64_t n, std::int64_t most, std::int64_t unit) { return over(over(n, over(n, most)), unit) * unit; }
+
+std::int64_t run_rows(const ChannelShape& shape, DType dtype) {
+  const std::int64_t row_bytes = shape.channels * static_cast<std::int64_t>(size_of(dtype));
+  const std::int64_t fit = std::clamp(kRunBytes / row_bytes, kShortRun, kMostRun);
+  return piece_of(shape.spatial, std::clamp(shape.spatial / kRunsOfImage, kLeastRun, fit), kRowGroup);
+}
+
+// Lays arrays of `counts` values out one after the other, each on a cache line; returns the bytes up to the last. Without a base
+// only these.
+template <std::size_t kArrays>
+std::size_t lay_out(void* base, std::size_t value_bytes, const std::int64_t (&counts)[kArrays], void** const (&places)[kArrays]) {
+  const std::uintptr_t start = (reinterpret_cast<std::uintptr_t>(base) + kAlignment - 1) / kAlignment * kAlignment;
+  std::size_t offset = 0;
+  for (std::size_t i = 0; i < kArrays; ++i) {
+    if (base != nullptr) *places[i] = reinterpret_cast<void*>(start + offset);
+    offset += static_cast<std::size_t>(over(counts[i] * static_cast<std::int64_t>(value_bytes), kAlignment) * kAlignment);
+  }
+  return offset + kAlignment;
+}
+
+// Threads for a call whose units of work may be handled one by one if they are `unit_bytes` large.
+void share(ChannelPlan& plan, const Parallel& parallel, std::int64_t bytes, std::int64_t units, std::int64_t unit_bytes) {
+  plan.parallel = threads_for(parallel, bytes);
+  const std::int64_t threads = plan.parallel.threads;
+  // At least three quarters of the threads are busy to the end.
+  plan.resident = unit_bytes <= kResidentBytes && 4 * units >= 3 * over(units, threads) * threads;
+}
+
+std::size_t forward_plan(const ChannelForwardArgs& args, void* workspace, ChannelPlan& plan) {
+  const ChannelShape& shape = args.shape;
+  std::int64_t moments, rows = 0, params = 0;
+  if (shape.layout == ChannelLayout::kPlanes) {
+    const std::int64_t line = shape.batch_norm() ? shape.spatial : shape.group_channels() * shape.spatial;
+    plan.piece = piece_of(line, kSegment, kMaxUnit);
+    plan.pieces = over(line, plan.piece);
+    plan.padded = padded(shape.slabs());
+    moments = kChannelMoments * (shape.batch_norm() ? shape.batch : 1) * plan.pieces * plan.padded;
+  } else {
+    plan.piece = run_rows(shape, args.dtype);
+    plan.pieces = over(shape.spatial, plan.piece);
+    plan.padded = padded(shape.channels);
+    moments = kChannelMoments * shape.batch * plan.pieces * plan.padded;
+    rows = 3 * shape.batch * plan.padded;
+    params = 2 * plan.padded;
+  }
+  return lay_out(workspace, accumulate_size_of(args.dtype), {args.given_stats ? 0 : moments, rows, params},
+                 {&plan.partial, &plan.rows, &plan.params});
+}
+
+std::size_t backward_plan(const ChannelBackwardArgs& args, void* workspace, ChannelPlan& plan) {
+  const ChannelShape& shape = args.shape;
+  std::int64_t columns, rows, params;
+  if (shape.layout == ChannelLayout::kPlanes) {
+    plan.piece = piece_of(shape.spatial, kSegment, kMaxUnit);
+    plan.pieces = over(shape.spatial, plan.piece);
+    columns = shape.batch * shape.channels;
+    rows = 2 * shape.slabs();
+    params = 2 * shape.channels;
+  } else {
+    plan.piece = run_rows(shape, args.dtype);
+    plan.pieces = over(shape.spatial, plan.piece);
+    plan.padded = padded(shape.channels);
+    columns = shape.batch * plan.padded;
+    rows = 5 * shape.batch * plan.padded;
+    params = 4 * plan.padded;
+  }
+  const std::size_t bytes = lay_out(workspace, accumulate_size_of(args.dtype),
+                                    {2 * columns * plan.pieces, plan.pieces == 1 ? 0 : 2 * columns, rows, params},
+                                    {&plan.partial, &plan.merged, &plan.rows, &plan.params});
+  if (plan.pieces == 1) plan.merged = plan.partial;
+  return bytes;
+}
+
+// Bytes of a unit of work that is handled alone, and how many there are.
+struct Units {
+  std::int64_t count, bytes;
+};
+Units units_of(const ChannelShape& shape, std::int64_t value_bytes) {
+  if (shape.layout == ChannelLayout::kPlanes) return {shape.slabs(), shape.slab_size() * value_bytes};
+  return {shape.batch, shape.channels * shape.spatial * value_bytes};
+}
+
+// ---- statistics, in the accumulate type A
+
+template <class A>
+ChannelNorm::Slab<A> merge_ranks(const Moments<A>* of_rank, const A* n, std::size_t ranks, A total, A eps, std::vector<A>& terms,
+                                 A& m2) {
+  const auto sum = [&](auto term) {
+    for (std::size_t r = 0; r < ranks; ++r) terms[r] = term(r);
+    std::size_t left = ranks;
+    for (; left > 1; left = left / 2 + left % 2) {
+      for (std::size_t i = 0; i < left / 2; ++i) terms[i] = terms[2 * i] + terms[2 * i + 1];
+      if (left % 2 != 0) terms[left / 2] = terms[left - 1];
+    }
+    return terms[0];
+  };
+  const A pivot = of_rank[0].mean;
+  const A merged = sum([&](std::size_t r) { return n[r] * relative_mean(of_rank[r], pivot); }) / total;
+  m2 = sum([&](std::size_t r) { return centred_square(of_rank[r], n[r], pivot, merged); });
+  return finish_centred(pivot, merged, m2, total, eps);
+}
+
+template <class A>
+void store_slab(A* stats, std::int64_t channels, std::int64_t c, ChannelNorm::Slab<A> slab, A variance) {
+  const A values[kChannelStats] = {slab.hi, slab.lo, slab.rstd, variance};
+  for (int k = 0; k < kChannelStats; ++k) stats[k * channels + c] = values[k];
+}
+
+template <class A>
+void merge_moments_as(const ChannelMergeArgs& args) {
+  const std::int64_t row = kChannelMoments * args.channels + static_cast<std::int64_t>(sizeof(std::int64_t) / sizeof(A));
+  const A* gathered = static_cast<const A*>(args.gathered);
+  std::vector<const A*> present;
+  std::vector<A> n, terms(static_cast<std::size_t>(args.ranks));
+  double total = 0.0;
+  for (std::int64_t rank = 0; rank < args.ranks; ++rank) {
+    std::int64_t count;
+    std::memcpy(&count, gathered + rank * row + kChannelMoments * args.channels, sizeof(count));
+    if (count == 0) continue;  // a rank without values has no moments
+    present.push_back(gathered + rank * row);
+    n.push_back(static_cast<A>(count));
+    total += static_cast<double>(count);
+  }
+  *args.count = total;
+  if (present.empty()) return;
+  std::vector<Moments<A>> of_rank(present.size());
+  for (std::int64_t c = 0; c < args.channels; ++c) {
+    for (std::size_t r = 0; r < present.size(); ++r) {
+      of_rank[r] = {present[r][c], present[r][args.channels + c], present[r][2 * args.channels + c]};
+    }
+    A m2;
+    const auto slab = merge_ranks(of_rank.data(), n.data(), n.size(), static_cast<A>(total), static_cast<A>(args.eps), terms, m2);
+    store_slab(static_cast<A*>(args.stats), args.channels, c, slab, ChannelNorm::unbiased_variance(m2, static_cast<A>(total)));
+  }
+}
+
+template <class A, class R>
+A widened(R x) {
+  if constexpr (std::is_same_v<R, double>) return static_cast<A>(x);
+  else return to_float(x);
+}
+template <class R, class A>
+R narrowed(A x) {
+  if constexpr (std::is_same_v<R, double>) return x;
+  else return FromFloat<R>::convert(static_cast<float>(x));
+}
+
+template <class A, class R>
+void fixed_stats_as(const FixedStatsArgs& args) {
+  for (std::int64_t c = 0; c < args.channels; ++c) {
+    const A mean = widened<A>(static_cast<const R*>(args.running_mean)[c]);
+    const A variance = widened<A>(static_cast<const R*>(args.running_var)[c]);
+    store_slab(static_cast<A*>(args.stats), args.channels, c, ChannelNorm::from_running(mean, variance, static_cast<A>(args.eps)),
+               A(0));
+  }
+}
+
+// Mean over images of a statistic of a channel: 16 in sequence, then pairwise by recursion on halves.
+template <class A, class Term>
+A sum_images(std::int64_t begin, std::int64_t end, const Term& term) {
+  if (end - begin <= kTermsPerSum) {
+    A sum = term(begin);
+    for (std::int64_t i = begin + 1; i < end; ++i) sum += term(i);
+    return sum;
+  }
+  const std::int64_t middle = begin + (end - begin) / 2;
+  return sum_images<A>(begin, middle, term) + sum_images<A>(middle, end, term);
+}
+
+template <class A, class R>
+void update_running_as(const RunningArgs& args) {
+  const A momentum = args.batches == nullptr ? static_cast<A>(args.momentum) : A(1) / static_cast<A>(*args.batches);
+  const std::int64_t slabs = args.images * args.channels;
+  const A* stats = static_cast<const A*>(args.stats);
+  const auto update = [&](void* running, std::int64_t c, const auto& term) {
+    if (running == nullptr) return;
+    R& old = static_cast<R*>(running)[c];
+    const A found = sum_images<A>(0, args.images, term) / static_cast<A>(args.images);
+    old = narrowed<R>(ChannelNorm::running(widened<A>(old), found, momentum));
+  };
+  for (std::int64_t c = 0; c < args.channels; ++c) {
+    update(args.running_mean, c,
+           [&](std::int64_t i) { return stats[i * args.channels + c] + stats[slabs + i * args.channels + c]; });
+    update(args.running_var, c, [&](std::int64_t i) { return stats[3 * slabs + i * args.channels + c]; });
+  }
+}
+
+}  // namespace
+
+std::size_t channel_forward_workspace(const ChannelForwardArgs& args) {
+  ChannelForwardArgs seen = args;
+  seen.shape = seen_by_kernels(args.shape);
+  ChannelPlan plan;
+  return forward_plan(seen, nullptr, plan);
+}
+
+void channel_forward(const ChannelForwardArgs& args, void* workspace, const Parallel& parallel) {
+  ChannelForwardArgs seen = args;
+  seen.shape = seen_by_kernels(args.shape);
+  ChannelPlan plan;
+  forward_plan(seen, workspace, plan);
+  const Units units = units_of(seen.shape, static_cast<std::int64_t>(size_of(args.dtype)));
+  share(plan, parallel, seen.shape.elements() * 2 * static_cast<std::int64_t>(accumulate_size_of(args.dtype)), units.count,
+        units.bytes);
+  kernels().channel.forward(seen, plan);
+}
+
+std::size_t channel_backward_workspace(const ChannelBackwardArgs& args) {
+  ChannelBackwardArgs seen = args;
+  seen.shape = seen_by_kernels(args.shape);
+  ChannelPlan plan;
+  return backward_plan(seen, nullptr, plan);
+}
+
+void channel_backward(const ChannelBackwardArgs& args, void* workspace, const Parallel& parallel) {
+  ChannelBackwardArgs seen = args;
+  seen.shape = seen_by_kernels(args.shape);
+  ChannelPlan plan;
+  backward_plan(seen, workspace, plan);
+  const Units units = units_of(seen.shape, 2 * static_cast<std::int64_t>(size_of(args.dtype)));
+  share(plan, parallel, seen.shape.elements() * 3 * static_cast<std::int64_t>(accumulate_size_of(args.dtype)), units.count,
+        units.bytes);
+  kernels().channel.backward(seen, plan);
+}
+
+void merge_moments(const ChannelMergeArgs& args) {
+  if (args.dtype == DType::kFloat64) merge_moments_as<double>(args);
+  else merge_moments_as<float>(args);
+}
+
+void fixed_stats(const FixedStatsArgs& args) {
+  visit(args.running_dtype, [&](auto tag) {
+    using R = typename decltype(tag)::type;
+    if (args.dtype == DType::kFloat64) fixed_stats_as<double, R>(args);
+    else fixed_stats_as<float, R>(args);
+  });
+}
+
+void update_running(const RunningArgs& args) {
+  visit(args.running_dtype, [&](auto tag) {
+    using R = typename decltype(tag)::type;
+    if (args.dtype == DType::kFloat64) update_running_as<double, R>(args);
+    else update_running_as<float, R>(args);
+  });
+}
+
+}  // namespace normext::cpu

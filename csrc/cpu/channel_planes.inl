@@ -1,0 +1,186 @@
+// Channel norms forward on [batch, channels, spatial] for one instruction set.
+//
+// Statistics see lines: contiguous values of one slab. A group is one line; a channel of a batch norm has one in each image. Lines
+// are cut into segments; short lines are taken several at a time, as rows are in row_forward.inl. The output sees planes, each with
+// its own scalars, and may be cut anywhere.
+// plan.partial: moments [3, images * pieces, padded columns], a column for each slab.
+#pragma once
+
+#include "cpu/channel_sums.inl"
+
+namespace normext {
+inline namespace NORMEXT_ISA {
+namespace {
+
+constexpr std::int64_t kBlockBytes = 512 * 1024;  // of columns that are handled together: a quarter of L2
+constexpr std::int64_t kBlockColumns = 64;
+
+// Moments of `count` <= kMaxBatch lines of n <= kSegment values, one after the other. What follows is fetched during the pass that
+// only reads L1: 3 to 10 % less time.
+template <class T>
+__attribute__((noinline)) void line_moments(const T* x, std::int64_t n, int count, Accumulate<T>* mean, Accumulate<T>* correction,
+                                            Accumulate<T>* m2) {
+  using A = Accumulate<T>;
+  using V = Vector<A>;
+  alignas(V) A sums[3][kMaxBatch] = {};
+  V of_line[2][kMaxBatch];
+  for (int r = 0; r < count; ++r) {
+    V sum[1];
+    sum_columns<A>(
+        n,
+        [&](std::int64_t column, auto extent, Sums<A, 1>& s)
+            __attribute__((always_inline)) { s.of[0] = s.of[0] + load<T>(x + r * n + column, extent); },
+        sum);
+    of_line[0][r] = sum[0];
+  }
+  sum_lanes_of_rows(of_line[0], count, sums[0]);
+  const V size = V{} + static_cast<A>(n);
+  for (int r = 0; r < count; r += kLanes<A>) store_bytes(sums[0] + r, load_bytes<V>(sums[0] + r) / size);
+  for (int r = 0; r < count; ++r) {
+    V deviations[2];
+    deviation_sums<T>(x + r * n, Ahead<T, 1>{x + (r + count) * n}, sums[0][r], n, deviations);
+    of_line[0][r] = deviations[0];
+    of_line[1][r] = deviations[1];
+  }
+  sum_lanes_of_rows(of_line[0], count, sums[1]);
+  sum_lanes_of_rows(of_line[1], count, sums[2]);
+  for (int r = 0; r < count; r += kLanes<A>) {
+    const Moments<V> found = moments(load_bytes<V>(sums[0] + r), load_bytes<V>(sums[1] + r), load_bytes<V>(sums[2] + r), size);
+    store_bytes(sums[1] + r, found.correction);
+    store_bytes(sums[2] + r, found.m2);
+  }
+  for (int r = 0; r < count; ++r) {
+    mean[r] = sums[0][r];
+    correction[r] = sums[1][r];
+    m2[r] = sums[2][r];
+  }
+}
+
+// What one plane's values go through, of type A or vectors of it.
+template <class A>
+struct PlaneAffine {
+  CentredRow<A> slab;
+  A weight, bias;
+};
+
+// kUnits units of a plane.
+template <class T, bool kFused, int kUnits, class Extent>
+NORMEXT_INLINE void apply_units(Activation activation, const T* x, const T* residual, T* y, const PlaneAffine<Accumulate<T>>& plane,
+                                Extent extent) {
+  using A = Accumulate<T>;
+  using V = Vector<A>;
+  Pair<A> z[kUnits];
+#pragma GCC unroll 4
+  for (int u = 0; u < kUnits; ++u) z[u] = load<T>(x + u * kUnit<A>, extent);
+#pragma GCC unroll 4
+  for (int u = 0; u < kUnits; ++u) {
+    z[u] = {ChannelNorm::affine(z[u].a, plane.slab, V{} + plane.weight, V{} + plane.bias),
+            ChannelNorm::affine(z[u].b, plane.slab, V{} + plane.weight, V{} + plane.bias)};
+  }
+  if constexpr (kFused) {
+    if (residual != nullptr) {
+#pragma GCC unroll 4
+      for (int u = 0; u < kUnits; ++u) z[u] = z[u] + load<T>(residual + u * kUnit<A>, extent);
+    }
+    activate_all<A>(activation, z);
+  }
+#pragma GCC unroll 4
+  for (int u = 0; u < kUnits; ++u) store<T>(y + u * kUnit<A>, z[u], extent);
+}
+
+template <class T, bool kFused>
+struct PlanesForward {
+  using A = Accumulate<T>;
+
+  const ChannelForwardArgs& args;
+  const cpu::ChannelPlan& plan;
+  const ChannelShape& shape = args.shape;
+  const std::int64_t images = shape.batch_norm() ? shape.batch : 1;
+  const std::int64_t columns = shape.slabs();
+  const std::int64_t line = shape.batch_norm() ? shape.spatial : shape.group_channels() * shape.spatial;
+
+  NORMEXT_INLINE Segments<A> segments() const {
+    const std::int64_t count = images * plan.pieces;
+    return {static_cast<const A*>(plan.partial),  count * plan.padded, plan.padded, count, plan.piece, plan.pieces,
+            line - (plan.pieces - 1) * plan.piece};
+  }
+
+  // Segments [begin, end), in the order of memory.
+  void statistics(std::int64_t begin, std::int64_t end) const {
+    A* mean = static_cast<A*>(plan.partial);
+    const std::int64_t table = images * plan.pieces * plan.padded;
+    const std::int64_t fit = kBatchBytes / (plan.piece * static_cast<std::int64_t>(sizeof(T)));
+    const std::int64_t most = plan.pieces > 1 || fit < 1 ? 1 : smaller(fit, kMaxBatch);
+    while (begin < end) {
+      const std::int64_t of_line = begin / plan.pieces, piece = begin % plan.pieces;
+      const std::int64_t image = of_line / columns, column = of_line % columns;
+      const std::int64_t count = smaller(most, smaller(end - begin, columns - column));
+      const std::int64_t from = piece * plan.piece;
+      A* out = mean + (image * plan.pieces + piece) * plan.padded + column;
+      line_moments(static_cast<const T*>(args.input) + of_line * line + from, smaller(plan.piece, line - from),
+                   static_cast<int>(count), out, out + table, out + 2 * table);
+      begin += count;
+    }
+  }
+
+  // Output values [begin, end).
+  __attribute__((noinline)) void apply(std::int64_t begin, std::int64_t end) const {
+    const Parameter<T> weight = weight_of<T>(args), bias = bias_of<T>(args);
+    PlaneCursor at_plane(shape, begin / shape.spatial);
+    std::int64_t offset = begin % shape.spatial;
+    for (; begin < end; at_plane.next(), offset = 0) {
+      const std::int64_t n = smaller(shape.spatial - offset, end - begin);
+      const PlaneAffine<A> affine = {slab_of<T>(args, at_plane.slab), weight[at_plane.channel], bias[at_plane.channel]};
+      const T* x = static_cast<const T*>(args.input) + begin;
+      const T* residual = at(static_cast<const T*>(args.residual), begin);
+      T* y = static_cast<T*>(args.output) + begin;
+      std::int64_t i = 0;
+      for (; n - i >= 2 * kUnit<A>; i += 2 * kUnit<A>) {
+        apply_units<T, kFused, 2>(args.activation, x + i, at(residual, i), y + i, affine, Whole{});
+      }
+      for_units<A>(i, n, [&](std::int64_t u, auto extent) __attribute__((always_inline)) {
+        apply_units<T, kFused, 1>(args.activation, x + u, at(residual, u), y + u, affine, extent);
+      });
+      begin += n;
+    }
+  }
+
+  // Everything for columns [begin, end), a block at a time.
+  void resident_columns(std::int64_t begin, std::int64_t end) const {
+    const std::int64_t fit = kBlockBytes / (images * line * static_cast<std::int64_t>(sizeof(T)));
+    const std::int64_t block = fit < 1 ? 1 : smaller(fit, kBlockColumns);
+    for (std::int64_t column = begin; column < end; column += block) {
+      const std::int64_t last = smaller(column + block, end);
+      for (std::int64_t image = 0; image < images; ++image) {
+        statistics((image * columns + column) * plan.pieces, (image * columns + last) * plan.pieces);
+      }
+      merge_columns(segments(), SlabSink<A>(args), 0, column, last);
+      for (std::int64_t image = 0; args.output != nullptr && image < images; ++image) {
+        apply((image * columns + column) * line, (image * columns + last) * line);
+      }
+    }
+  }
+
+  void run() const {
+    if (!args.given_stats) {
+      if (plan.resident) {
+        return for_ranges(plan.parallel, columns, [&](std::int64_t begin, std::int64_t end) { resident_columns(begin, end); });
+      }
+      for_ranges(plan.parallel, images * columns * plan.pieces,
+                 [&](std::int64_t begin, std::int64_t end) { statistics(begin, end); });
+      for_columns(plan.parallel, columns, columns * images * plan.pieces,
+                  [&](std::int64_t begin, std::int64_t end) { merge_columns(segments(), SlabSink<A>(args), 0, begin, end); });
+    }
+    if (args.output == nullptr) return;
+    const std::int64_t values = shape.elements(), tasks = (values + kValuesOfTask - 1) / kValuesOfTask;
+    const auto output = [&](std::int64_t begin, std::int64_t end) {
+      apply(begin * kValuesOfTask, smaller(end * kValuesOfTask, values));
+    };
+    if (args.given_stats) for_ranges(plan.parallel, tasks, output);
+    else for_ranges_again(plan.parallel, tasks, output);
+  }
+};
+
+}  // namespace
+}  // namespace NORMEXT_ISA
+}  // namespace normext

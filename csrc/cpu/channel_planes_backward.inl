@@ -1,0 +1,259 @@
+// Channel norms backward on [batch, channels, spatial] for one instruction set.
+//
+// Each plane gives sum(dz) and sum(dz*xhat), plane by plane or, where planes are long, segment by segment. From these come the
+// means of a slab and the parameter gradients; then dx and dz are formed from the input once more, cut anywhere. plan.partial: sums
+// [2, planes * pieces]; plan.merged: the same of whole planes; plan.rows: means [2, slabs] of g and g*xhat; plan.params: sums [2,
+// channels] over all images.
+#pragma once
+
+#include "cpu/channel_planes.inl"
+
+namespace normext {
+inline namespace NORMEXT_ISA {
+namespace {
+
+// xhat and dz of kCount units: dz comes as dy.
+template <class T, bool kFused, int kCount, class Extent>
+NORMEXT_INLINE void backward_units(Activation activation, const T* const (&residual)[kCount],
+                                   const CentredRow<Vector<Accumulate<T>>> (&slab)[2], Pair<Accumulate<T>> weight,
+                                   Pair<Accumulate<T>> bias, Pair<Accumulate<T>> (&x)[kCount], Pair<Accumulate<T>> (&dz)[kCount],
+                                   Extent extent) {
+  using A = Accumulate<T>;
+#pragma GCC unroll 8
+  for (int u = 0; u < kCount; ++u) x[u] = {LayerNorm::normalise(x[u].a, slab[0]), LayerNorm::normalise(x[u].b, slab[1])};
+  if constexpr (kFused) {
+    Pair<A> z[kCount];
+#pragma GCC unroll 8
+    for (int u = 0; u < kCount; ++u) {
+      z[u] = {LayerNorm::affine(x[u].a, weight.a, bias.a), LayerNorm::affine(x[u].b, weight.b, bias.b)};
+    }
+    if (residual[0] != nullptr) {
+#pragma GCC unroll 8
+      for (int u = 0; u < kCount; ++u) z[u] = z[u] + load<T>(residual[u], extent);
+    }
+    activation_gradients<A>(activation, z, dz);
+  }
+}
+
+template <class T, bool kFused>
+struct PlanesBackward {
+  using A = Accumulate<T>;
+  using V = Vector<A>;
+
+  const ChannelBackwardArgs& args;
+  const cpu::ChannelPlan& plan;
+  const ChannelShape& shape = args.shape;
+  const std::int64_t channels = shape.channels;
+  const std::int64_t planes = shape.batch * shape.channels;
+  const std::int64_t group = shape.group_channels();
+  const T* const input = static_cast<const T*>(args.input);
+  const T* const grad_output = static_cast<const T*>(args.grad_output);
+  const T* const residual = static_cast<const T*>(args.residual);
+  A* const plane_sums = static_cast<A*>(plan.merged);
+  A* const means = static_cast<A*>(plan.rows);
+  A* const totals = static_cast<A*>(plan.params);
+  const Parameter<T> weight = weight_of<T>(args);
+  const Parameter<T> bias = bias_of<T>(args);
+
+  struct Plane {
+    CentredRow<V> slab[2];
+    Pair<A> weight, bias;
+  };
+  NORMEXT_INLINE Plane plane_of(const PlaneCursor& cursor) const {
+    const CentredRow<A> row = slab_of<T>(args, cursor.slab);
+    const CentredRow<V> wide = {V{} + row.hi, V{} + row.lo, V{} + row.rstd};
+    return {{wide, wide}, both<A>(V{} + weight[cursor.channel]), both<A>(V{} + bias[cursor.channel])};
+  }
+
+  // Sums of segments [begin, end), in the order of memory.
+  __attribute__((noinline)) void sums(std::int64_t begin, std::int64_t end) const {
+    A* partial = static_cast<A*>(plan.partial);
+    const std::int64_t table = planes * plan.pieces;
+    PlaneCursor cursor(shape, begin / plan.pieces);
+    std::int64_t piece = begin % plan.pieces;
+    while (begin < end) {
+      const int count = static_cast<int>(smaller(kMaxBatch, end - begin));
+      V lanes[2][kMaxBatch];
+      alignas(V) A out[2][kMaxBatch];
+      for (int r = 0; r < count; ++r) {
+        const Plane plane = plane_of(cursor);
+        const std::int64_t from = piece * plan.piece, first = cursor.plane * shape.spatial + from;
+        V of_plane[2];
+        sum_columns<A>(
+            smaller(plan.piece, shape.spatial - from),
+            [&](std::int64_t column, auto extent, Sums<A, 2>& s) __attribute__((always_inline)) {
+              Pair<A> xhat[1] = {load<T>(input + first + column, extent)};
+              Pair<A> dz[1] = {load<T>(grad_output + first + column, extent)};
+              const T* const extra[1] = {at(residual, first + column)};
+              backward_units<T, kFused>(args.activation, extra, plane.slab, plane.weight, plane.bias, xhat, dz, extent);
+              const Pair<A> x = keep<T>(xhat[0], extent);
+              const Pair<A> g = kFused ? keep<T>(dz[0], extent) : dz[0];
+              s.of[0] = s.of[0] + g;
+              s.of[1] = {fma(g.a, x.a, s.of[1].a), fma(g.b, x.b, s.of[1].b)};
+            },
+            of_plane);
+        lanes[0][r] = of_plane[0];
+        lanes[1][r] = of_plane[1];
+        if (++piece < plan.pieces) continue;
+        piece = 0;
+        cursor.next();
+      }
+      for (int q = 0; q < 2; ++q) {
+        sum_lanes_of_rows(lanes[q], count, out[q]);
+        for (int r = 0; r < count; ++r) partial[q * table + begin + r] = out[q][r];
+      }
+      begin += count;
+    }
+  }
+  // Sums of planes [begin, end) from those of their segments.
+  void merge_planes(std::int64_t begin, std::int64_t end) const {
+    if (plan.pieces == 1) return;
+    const A* partial = static_cast<const A*>(plan.partial);
+    for (int q = 0; q < 2; ++q) {
+      for (std::int64_t plane = begin; plane < end; ++plane) {
+        const A* of_plane = partial + (q * planes + plane) * plan.pieces;
+        plane_sums[q * planes + plane] = sum_terms(plan.pieces, [&](std::int64_t s) { return of_plane[s]; });
+      }
+    }
+  }
+
+  void sum_images(std::int64_t begin, std::int64_t end) const {
+    for (int q = 0; q < 2; ++q) sum_table(plane_sums + q * planes, channels, shape.batch, totals + q * channels, begin, end);
+  }
+
+  // Means of slabs [begin, end).
+  void slab_means(std::int64_t begin, std::int64_t end) const {
+    const A n = args.given_sums ? static_cast<A>(*args.count) : static_cast<A>(shape.slab_size());
+    const A* sums = args.given_sums ? static_cast<const A*>(args.sums) : totals;
+    for (int q = 0; q < 2; ++q) {
+      for (std::int64_t slab = begin; slab < end; ++slab) {
+        const std::int64_t first = slab * group;
+        const A sum = shape.batch_norm() ? weight[slab] * sums[q * channels + slab] : sum_terms(group, [&](std::int64_t c) {
+          return weight[(first + c) % channels] * plane_sums[q * planes + first + c];
+        });
+        means[q * shape.slabs() + slab] = sum / n;
+      }
+    }
+  }
+
+  template <bool kFixed, int kUnits, class Extent>
+  NORMEXT_INLINE void value_units(std::int64_t i, const Plane& plane, A mean_g, A mean_gx, Extent extent) const {
+    constexpr bool kInput = kFused || !kFixed;
+    T* grad_input = static_cast<T*>(args.grad_input);
+    T* grad_residual = static_cast<T*>(args.grad_residual);
+    const T* extra[kUnits];
+    Pair<A> xhat[kUnits], dz[kUnits];
+#pragma GCC unroll 2
+    for (int u = 0; u < kUnits; ++u) {
+      extra[u] = at(residual, i + u * kUnit<A>);
+      dz[u] = load<T>(grad_output + i + u * kUnit<A>, extent);
+      if constexpr (kInput) xhat[u] = load<T>(input + i + u * kUnit<A>, extent);
+    }
+    if constexpr (kInput) {
+      backward_units<T, kFused, kUnits>(args.activation, extra, plane.slab, plane.weight, plane.bias, xhat, dz, extent);
+    }
+    if (grad_residual != nullptr) {
+#pragma GCC unroll 2
+      for (int u = 0; u < kUnits; ++u) store<T>(grad_residual + i + u * kUnit<A>, dz[u], extent);
+    }
+    if (grad_input == nullptr) return;
+#pragma GCC unroll 2
+    for (int u = 0; u < kUnits; ++u) {
+      Pair<A> dx = {dz[u].a * plane.weight.a, dz[u].b * plane.weight.b};
+      if constexpr (kFixed) {
+        dx = {dx.a * plane.slab[0].rstd, dx.b * plane.slab[1].rstd};
+      } else {
+        dx = {LayerNorm::gradient(dx.a, xhat[u].a, plane.slab[0], V{} + mean_g, V{} + mean_gx),
+              LayerNorm::gradient(dx.b, xhat[u].b, plane.slab[1], V{} + mean_g, V{} + mean_gx)};
+      }
+      store<T>(grad_input + i + u * kUnit<A>, dx, extent);
+    }
+  }
+
+  // dx and dz of values [begin, end).
+  template <bool kFixed>
+  __attribute__((noinline)) void values(std::int64_t begin, std::int64_t end) const {
+    const A* of_g = means;
+    const A* of_gx = means + shape.slabs();
+    PlaneCursor cursor(shape, begin / shape.spatial);
+    std::int64_t offset = begin % shape.spatial;
+    for (; begin < end; cursor.next(), offset = 0) {
+      const std::int64_t stop = smaller(begin + shape.spatial - offset, end);
+      const Plane plane = plane_of(cursor);
+      const A mean_g = kFixed ? 0 : of_g[cursor.slab], mean_gx = kFixed ? 0 : of_gx[cursor.slab];
+      for (; stop - begin >= 2 * kUnit<A>; begin += 2 * kUnit<A>) {
+        value_units<kFixed, 2>(begin, plane, mean_g, mean_gx, Whole{});
+      }
+      for_units<A>(begin, stop, [&](std::int64_t i, auto extent) __attribute__((always_inline)) {
+        value_units<kFixed, 1>(i, plane, mean_g, mean_gx, extent);
+      });
+      begin = stop;
+    }
+  }
+  void values_of(std::int64_t begin, std::int64_t end) const {
+    // Without an input gradient the means do not exist.
+    if (args.fixed_stats || args.grad_input == nullptr) values<true>(begin, end);
+    else values<false>(begin, end);
+  }
+
+  // body(begin, end) over the planes of slabs [begin, end).
+  template <class Body>
+  NORMEXT_INLINE void for_planes(std::int64_t begin, std::int64_t end, Body body) const {
+    if (!shape.batch_norm()) return body(begin * group, end * group);
+    for (std::int64_t image = 0; image < shape.batch; ++image) body(image * channels + begin, image * channels + end);
+  }
+
+  // Everything for slabs [begin, end), a block at a time.
+  void resident_slabs(std::int64_t begin, std::int64_t end) const {
+    const std::int64_t slab_bytes = shape.slab_size() * 2 * static_cast<std::int64_t>(sizeof(T));
+    const std::int64_t fit = kBlockBytes / slab_bytes;
+    const std::int64_t block = fit < 1 ? 1 : smaller(fit, kBlockColumns);
+    for (std::int64_t slab = begin; slab < end; slab += block) {
+      const std::int64_t last = smaller(slab + block, end);
+      if (wants_sums(args)) {
+        for_planes(slab, last, [&](std::int64_t first, std::int64_t stop) {
+          sums(first * plan.pieces, stop * plan.pieces);
+          merge_planes(first, stop);
+        });
+        if (shape.batch_norm()) sum_images(slab, last);
+      }
+      if (wants_means(args)) slab_means(slab, last);
+      if (!wants_values(args)) continue;
+      for_planes(slab, last,
+                 [&](std::int64_t first, std::int64_t stop) { values_of(first * shape.spatial, stop * shape.spatial); });
+    }
+  }
+
+  void in_phases() const {
+    if (wants_sums(args)) {
+      for_ranges(plan.parallel, planes * plan.pieces, [&](std::int64_t begin, std::int64_t end) { sums(begin, end); });
+      merge_planes(0, planes);
+      if (shape.batch_norm()) {
+        for_columns(plan.parallel, channels, planes, [&](std::int64_t begin, std::int64_t end) { sum_images(begin, end); });
+      }
+    }
+    if (wants_means(args)) slab_means(0, shape.slabs());
+    if (!wants_values(args)) return;
+    const std::int64_t elements = shape.elements();
+    for_ranges_again(plan.parallel, (elements + kValuesOfTask - 1) / kValuesOfTask, [&](std::int64_t begin, std::int64_t end) {
+      values_of(begin * kValuesOfTask, smaller(end * kValuesOfTask, elements));
+    });
+  }
+
+  void run() const {
+    if (plan.resident) {
+      for_ranges(plan.parallel, shape.slabs(), [&](std::int64_t begin, std::int64_t end) { resident_slabs(begin, end); });
+    } else {
+      in_phases();
+    }
+    if (!wants_totals(args)) return;
+    if (!shape.batch_norm()) {
+      for_columns(plan.parallel, channels, planes, [&](std::int64_t begin, std::int64_t end) { sum_images(begin, end); });
+    }
+    store_totals<T>(args, totals, totals + channels);
+  }
+};
+
+}  // namespace
+}  // namespace NORMEXT_ISA
+}  // namespace normext

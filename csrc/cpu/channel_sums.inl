@@ -1,0 +1,317 @@
+// What the channel norm kernels of both layouts share: sums over segments, the merge of moments, parameters, activations.
+//
+// Segments of a slab are the rows of a table whose columns are slabs (or channels), so merging runs on vectors of columns.
+#pragma once
+
+#include "cpu/channel_kernels.h"
+#include "cpu/row_forward.inl"
+#include "norms/channel_norm.h"
+
+namespace normext {
+inline namespace NORMEXT_ISA {
+namespace {
+
+constexpr std::int64_t kColumnsOfTask = 64;     // that one thread merges at least
+constexpr std::int64_t kMergeSerial = 1 << 15;  // values; fewer are not worth waking threads for
+constexpr std::int64_t kValuesOfTask = 4096;    // of a pass over all values that one thread takes at least
+constexpr std::int64_t kTasksOfStep = 4;        // that a pass in reverse takes in order
+
+template <class A>
+NORMEXT_INLINE Pair<A> operator+(Pair<A> x, Pair<A> y) {
+  return {x.a + y.a, x.b + y.b};
+}
+template <class A>
+NORMEXT_INLINE Pair<A> both(Vector<A> x) {
+  return {x, x};
+}
+
+// Sum of term(0) .. term(count - 1), count > 0, which are asked for in that order: 16 in sequence, then pairwise.
+template <class Term>
+NORMEXT_INLINE auto sum_terms(std::int64_t count, Term term) {
+  using X = decltype(term(0));
+  X level[40];  // level[i]: the sum of 16 << i terms, where bit i of `sums` is set
+  std::int64_t sums = 0;
+  for (std::int64_t i = 0; i < count; ++sums) {
+    const std::int64_t end = smaller(i + cpu::kTermsPerSum, count);
+    X sum = term(i++);
+    for (; i < end; ++i) sum = sum + term(i);
+    int l = 0;
+    for (; (sums >> l & 1) != 0; ++l) sum = level[l] + sum;
+    level[l] = sum;
+  }
+  int l = __builtin_ctzll(static_cast<unsigned long long>(sums));
+  X total = level[l];
+  while (sums >> ++l != 0) {
+    if ((sums >> l & 1) != 0) total = level[l] + total;
+  }
+  return total;
+}
+
+template <class T>
+NORMEXT_INLINE Accumulate<T> value_of(T x) {
+  if constexpr (sizeof(T) == 8) return x;
+  else return to_float(x);
+}
+
+// Weight or bias: of type T, or float next to 16-bit T.
+template <class T>
+struct Parameter {
+  const void* data;
+  bool wide;
+  Accumulate<T> absent;
+
+  NORMEXT_INLINE Accumulate<T> operator[](std::int64_t channel) const {
+    if (data == nullptr) return absent;
+    if constexpr (sizeof(T) == 2) {
+      if (wide) return static_cast<const float*>(data)[channel];
+    }
+    return value_of(static_cast<const T*>(data)[channel]);
+  }
+};
+template <class T, class Args>
+NORMEXT_INLINE Parameter<T> weight_of(const Args& args) {
+  return {args.weight, args.param_dtype != args.dtype, 1};
+}
+template <class T, class Args>
+NORMEXT_INLINE Parameter<T> bias_of(const Args& args) {
+  return {args.bias, args.param_dtype != args.dtype, 0};
+}
+template <class T>
+NORMEXT_INLINE void store_parameter(void* data, bool wide, std::int64_t channel, Accumulate<T> value) {
+  if constexpr (sizeof(T) == 2) {
+    if (wide) static_cast<float*>(data)[channel] = value;
+    else static_cast<T*>(data)[channel] = FromFloat<T>::convert(value);
+  } else {
+    static_cast<T*>(data)[channel] = value;
+  }
+}
+
+template <class T, class Args>
+NORMEXT_INLINE CentredRow<Accumulate<T>> slab_of(const Args& args, std::int64_t slab) {
+  const Accumulate<T>* stats = static_cast<const Accumulate<T>*>(args.stats);
+  const std::int64_t slabs = args.shape.slabs();
+  return {stats[slab], stats[slabs + slab], stats[2 * slabs + slab]};
+}
+
+// Array p of a tensor that may be absent.
+template <class T>
+NORMEXT_INLINE T* at(T* data, std::int64_t offset) {
+  return data == nullptr ? nullptr : data + offset;
+}
+
+// The switch stands outside the loop over values, so that the values of each case overlap.
+template <class Body>
+NORMEXT_INLINE void switch_activation(Activation activation, Body body) {
+  switch (activation) {
+    case Activation::kRelu:
+      return body(std::integral_constant<Activation, Activation::kRelu>());
+    case Activation::kSilu:
+      return body(std::integral_constant<Activation, Activation::kSilu>());
+    case Activation::kGelu:
+      return body(std::integral_constant<Activation, Activation::kGelu>());
+    case Activation::kLeakyRelu:
+      return body(std::integral_constant<Activation, Activation::kLeakyRelu>());
+    case Activation::kNone:
+      return;
+  }
+}
+template <class A, int kCount>
+NORMEXT_INLINE void activate_all(Activation activation, Pair<A> (&z)[kCount]) {
+  switch_activation(activation, [&](auto which) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) z[i] = {activate(which.value, z[i].a), activate(which.value, z[i].b)};
+  });
+}
+// dy becomes dz.
+template <class A, int kCount>
+NORMEXT_INLINE void activation_gradients(Activation activation, const Pair<A> (&z)[kCount], Pair<A> (&dy)[kCount]) {
+  switch_activation(activation, [&](auto which) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      dy[i] = {activation_gradient(which.value, z[i].a, dy[i].a), activation_gradient(which.value, z[i].b, dy[i].b)};
+    }
+  });
+}
+
+// Moments of all segments of some columns: three tables [count, stride], each `table` values after the one before. Segments have
+// `piece` values, every pieces-th has `last`.
+template <class A>
+struct Segments {
+  const A* mean;
+  std::int64_t table, stride, count, piece, pieces, last;
+
+  template <class Extent>
+  NORMEXT_INLINE void read(std::int64_t segment, std::int64_t column, Extent extent, Moments<Vector<A>>& a,
+                           Moments<Vector<A>>& b) const {
+    const A* p = mean + segment * stride + column;
+    const Pair<A> m = load<A>(p, extent), c = load<A>(p + table, extent), q = load<A>(p + 2 * table, extent);
+    a = {m.a, c.a, q.a};
+    b = {m.b, c.b, q.b};
+  }
+  // The two sums of a merge, for one unit of columns: n_s*u_s, and the shares of M2.
+  template <class Extent>
+  NORMEXT_INLINE Pair<A> sum_means(std::int64_t column, Extent extent, Pair<A> pivot) const {
+    std::int64_t left = pieces;
+    return sum_terms(count, [&](std::int64_t s) __attribute__((always_inline)) {
+      Moments<Vector<A>> a, b;
+      read(s, column, extent, a, b);
+      const A n = size(left);
+      return Pair<A>{n * relative_mean(a, pivot.a), n * relative_mean(b, pivot.b)};
+    });
+  }
+  template <class Extent>
+  NORMEXT_INLINE Pair<A> sum_squares(std::int64_t column, Extent extent, Pair<A> pivot, Pair<A> merged) const {
+    std::int64_t left = pieces;
+    return sum_terms(count, [&](std::int64_t s) __attribute__((always_inline)) {
+      Moments<Vector<A>> a, b;
+      read(s, column, extent, a, b);
+      const Vector<A> n = Vector<A>{} + size(left);
+      return Pair<A>{centred_square(a, n, pivot.a, merged.a), centred_square(b, n, pivot.b, merged.b)};
+    });
+  }
+
+ private:
+  NORMEXT_INLINE A size(std::int64_t& left) const {
+    if (--left != 0) return static_cast<A>(piece);
+    left = pieces;
+    return static_cast<A>(last);
+  }
+};
+
+// Where the statistics of slabs go. Either may be null.
+template <class A>
+struct SlabSink {
+  A* stats;
+  A* moments;
+  std::int64_t slabs;
+  A n, eps;  // values of a slab
+
+  template <class Args>
+  NORMEXT_INLINE explicit SlabSink(const Args& args)
+      : stats(static_cast<A*>(args.stats)),
+        moments(static_cast<A*>(args.moments)),
+        slabs(args.shape.slabs()),
+        n(static_cast<A>(args.shape.slab_size())),
+        eps(static_cast<A>(args.eps)) {}
+
+  template <class Extent>
+  NORMEXT_INLINE void write(std::int64_t slab, Extent extent, Pair<A> pivot, Pair<A> merged, Pair<A> m2) const {
+    const Vector<A> count = Vector<A>{} + n, epsilon = Vector<A>{} + eps;
+    const CentredRow<Vector<A>> a = finish_centred(pivot.a, merged.a, m2.a, count, epsilon);
+    const CentredRow<Vector<A>> b = finish_centred(pivot.b, merged.b, m2.b, count, epsilon);
+    if (stats != nullptr) {
+      A variance[kUnit<A>];
+      Packed<A>::pack(m2).write(variance);
+      for (int i = 0; i < kUnit<A>; ++i) variance[i] = ChannelNorm::unbiased_variance(variance[i], n);
+      store<A>(stats + slab, {a.hi, b.hi}, extent);
+      store<A>(stats + slabs + slab, {a.lo, b.lo}, extent);
+      store<A>(stats + 2 * slabs + slab, {a.rstd, b.rstd}, extent);
+      store<A>(stats + 3 * slabs + slab, Packed<A>::read(variance).unpack(), extent);
+    }
+    if (moments != nullptr) {
+      store<A>(moments + slab, {a.hi, b.hi}, extent);
+      store<A>(moments + slabs + slab, {a.lo, b.lo}, extent);
+      store<A>(moments + 2 * slabs + slab, m2, extent);
+    }
+  }
+  NORMEXT_INLINE void write(std::int64_t slab, A pivot, A merged, A m2) const {
+    const CentredRow<A> row = finish_centred(pivot, merged, m2, n, eps);
+    const A values[kChannelStats] = {row.hi, row.lo, row.rstd, ChannelNorm::unbiased_variance(m2, n)};
+    for (int k = 0; stats != nullptr && k < kChannelStats; ++k) stats[k * slabs + slab] = values[k];
+    const A shared[kChannelMoments] = {row.hi, row.lo, m2};
+    for (int k = 0; moments != nullptr && k < kChannelMoments; ++k) moments[k * slabs + slab] = shared[k];
+  }
+};
+
+// Merges columns [begin, end), each a slab of its own; column c is slab first + c.
+template <class A>
+__attribute__((noinline)) void merge_columns(const Segments<A>& segments, const SlabSink<A>& sink, std::int64_t first,
+                                             std::int64_t begin, std::int64_t end) {
+  for_units<A>(begin, end, [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
+    const Pair<A> pivot = load<A>(segments.mean + column, extent);
+    const Pair<A> sum = segments.sum_means(column, extent, pivot);
+    const Pair<A> merged = {sum.a / sink.n, sum.b / sink.n};
+    sink.write(first + column, extent, pivot, merged, segments.sum_squares(column, extent, pivot, merged));
+  });
+}
+
+// out[c] = sum of table[s, c] over `count` rows s, columns [begin, end).
+template <class A>
+__attribute__((noinline)) void sum_table(const A* table, std::int64_t stride, std::int64_t count, A* out, std::int64_t begin,
+                                         std::int64_t end) {
+  for_units<A>(begin, end, [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
+    const Pair<A> sum = sum_terms(
+        count, [&](std::int64_t s) __attribute__((always_inline)) { return load<A>(table + s * stride + column, extent); });
+    store<A>(out + column, sum, extent);
+  });
+}
+
+// body(begin, end) over [0, columns), shared out where `values` are many.
+template <class Body>
+NORMEXT_INLINE void for_columns(const cpu::Parallel& parallel, std::int64_t columns, std::int64_t values, const Body& body) {
+  const cpu::Parallel serial;
+  for_ranges(values < kMergeSerial ? serial : parallel, (columns + kColumnsOfTask - 1) / kColumnsOfTask,
+             [&](std::int64_t begin, std::int64_t end) { body(begin * kColumnsOfTask, smaller(end * kColumnsOfTask, columns)); });
+}
+
+// A second pass over all values, body(begin, end) over ranges of tasks. Each thread begins where its first pass ended, since that
+// part is still in L2.
+template <class Body>
+NORMEXT_INLINE void for_ranges_again(const cpu::Parallel& parallel, std::int64_t tasks, const Body& body) {
+  for_ranges(parallel, tasks, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t stop = end; stop > begin; stop -= kTasksOfStep) {
+      body(stop - begin > kTasksOfStep ? stop - kTasksOfStep : begin, stop);
+    }
+  });
+}
+
+// Planes in the order of memory, their channels and slabs: divisions cost as much as a plane of 7x7.
+struct PlaneCursor {
+  std::int64_t channels, group;  // planes of an image; of a slab, 0: a slab is a channel
+  std::int64_t plane, channel, slab, in_slab;
+
+  NORMEXT_INLINE PlaneCursor(const ChannelShape& shape, std::int64_t first)
+      : channels(shape.channels), group(shape.batch_norm() ? 0 : shape.group_channels()), plane(first), channel(first % channels) {
+    slab = group == 0 ? channel : first / group;
+    in_slab = group == 0 ? 0 : first % group;
+  }
+  NORMEXT_INLINE void next() {
+    ++plane;
+    if (++channel == channels) channel = 0;
+    if (group == 0) {
+      slab = channel;
+    } else if (++in_slab == group) {
+      in_slab = 0;
+      ++slab;
+    }
+  }
+};
+
+// Parameter gradients and sums of a backward call, from sum(dz) and sum(dz*xhat) per channel.
+template <class T>
+NORMEXT_INLINE void store_totals(const ChannelBackwardArgs& args, const Accumulate<T>* dz, const Accumulate<T>* dzx) {
+  const bool wide = args.param_dtype != args.dtype;
+  Accumulate<T>* sums = args.given_sums ? nullptr : static_cast<Accumulate<T>*>(args.sums);
+  for (std::int64_t c = 0; c < args.shape.channels; ++c) {
+    if (args.grad_weight != nullptr) store_parameter<T>(args.grad_weight, wide, c, dzx[c]);
+    if (args.grad_bias != nullptr) store_parameter<T>(args.grad_bias, wide, c, dz[c]);
+    if (sums == nullptr) continue;
+    sums[c] = dz[c];
+    sums[args.shape.channels + c] = dzx[c];
+  }
+}
+// What a backward call needs.
+NORMEXT_INLINE bool wants_totals(const ChannelBackwardArgs& args) {
+  return args.grad_weight != nullptr || args.grad_bias != nullptr || (args.sums != nullptr && !args.given_sums);
+}
+NORMEXT_INLINE bool wants_means(const ChannelBackwardArgs& args) { return args.grad_input != nullptr && !args.fixed_stats; }
+NORMEXT_INLINE bool wants_sums(const ChannelBackwardArgs& args) {
+  return wants_totals(args) || (wants_means(args) && !args.given_sums);
+}
+NORMEXT_INLINE bool wants_values(const ChannelBackwardArgs& args) {
+  return args.grad_input != nullptr || args.grad_residual != nullptr;
+}
+
+}  // namespace
+}  // namespace NORMEXT_ISA
+}  // namespace normext

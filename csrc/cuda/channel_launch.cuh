@@ -1,0 +1,46 @@
+// What the launchers of the channel norms share.
+#pragma once
+
+#include <type_traits>
+
+#include "core/channel_args.h"
+#include "cuda/channel_plan.h"
+#include "cuda/row_launch.cuh"
+
+namespace normext::cuda {
+
+// f(std::integral_constant<int, V>) for V = vector, of those that 16 bytes hold.
+template <class T, int V = 16 / static_cast<int>(sizeof(T)), class F>
+void visit_vector(int vector, F&& f) {
+  if constexpr (V > 1) {
+    if (vector != V) return visit_vector<T, V / 2>(vector, f);
+  }
+  f(std::integral_constant<int, V>{});
+}
+
+template <class F>
+void visit_bool(bool value, F&& f) {
+  if (value) {
+    f(std::true_type{});
+  } else {
+    f(std::false_type{});
+  }
+}
+
+// Whether vectors of `vector` elements of `dtype` may be moved at once to or from each of the arrays; null ones do not matter.
+template <class... P>
+bool all_aligned(int vector, DType dtype, const P*... p) {
+  return (is_aligned(p, vector * size_of(dtype)) && ...);
+}
+
+template <class... P, class... A>
+void launch_channel(void (*kernel)(P...), std::int64_t blocks, int threads, std::size_t smem, void* stream, const A&... args) {
+  LaunchShape shape;
+  shape.blocks = blocks;
+  shape.threads = threads;
+  shape.smem = smem;
+  shape.dependent = dependent_launch();
+  launch(kernel, shape, stream, args...);
+}
+
+}  // namespace normext::cuda

@@ -1,0 +1,172 @@
+// Moments that know how many values they are of, and their merge: the segment moments and merge formulas of norms/stats.h, two at a
+// time, in an order that the shape fixes. Also per-channel parameters of a type known at run time.
+#pragma once
+
+#include "core/channel_args.h"
+#include "cuda/collectives.cuh"
+#include "norms/channel_norm.h"
+
+namespace normext::cuda {
+
+template <class A>
+struct Counted {
+  Moments<A> moments{};
+  A n = A(0);
+};
+
+// The merged moments are moments again: hi, lo and M2 as mean, correction and m2.
+template <class A>
+__device__ __forceinline__ Counted<A> merge(const Counted<A>& a, const Counted<A>& b) {
+  const A n = a.n + b.n;
+  const A pivot = a.moments.mean;
+  const A merged = (a.n * relative_mean(a.moments, pivot) + b.n * relative_mean(b.moments, pivot)) / (n > A(0) ? n : A(1));
+  const A m2 = centred_square(a.moments, a.n, pivot, merged) + centred_square(b.moments, b.n, pivot, merged);
+  const A hi = pivot + merged;
+  // Moments of no values have no place for a pivot.
+  if (b.n == A(0)) return a;
+  if (a.n == A(0)) return b;
+  return {{hi, merged - (hi - pivot), m2}, n};
+}
+
+// Merges moments as they arrive; no accumulator takes more than 16 in sequence (the last one from 4096 on).
+template <class A>
+struct MergeSequence {
+  Counted<A> level[3];
+  unsigned count = 0;
+
+  __device__ __forceinline__ void push(const Counted<A>& next) {
+    level[0] = merge(level[0], next);
+    if (++count % 16 == 0) fold(0);
+    if (count % 256 == 0) fold(1);
+  }
+  __device__ __forceinline__ Counted<A> all() const { return merge(level[2], merge(level[1], level[0])); }
+
+ private:
+  __device__ __forceinline__ void fold(int l) {
+    level[l + 1] = merge(level[l + 1], level[l]);
+    level[l] = {};
+  }
+};
+
+// By value: a reference to either would put both into local memory.
+template <class A>
+__device__ __forceinline__ Counted<A> select(bool first, const Counted<A>& a, const Counted<A>& b) {
+  return {{first ? a.moments.mean : b.moments.mean, first ? a.moments.correction : b.moments.correction,
+           first ? a.moments.m2 : b.moments.m2},
+          first ? a.n : b.n};
+}
+
+// Merges one per lane, neighbours first; every lane of the warp must call it and gets the result.
+template <class A>
+__device__ __forceinline__ Counted<A> merge_lanes(Counted<A> own) {
+#pragma unroll
+  for (int mask = 1; mask <= 16; mask *= 2) {
+    const Counted<A> other = {
+        {shuffle_xor(own.moments.mean, mask), shuffle_xor(own.moments.correction, mask), shuffle_xor(own.moments.m2, mask)},
+        shuffle_xor(own.n, mask)};
+    const bool lower = (lane_id() & static_cast<unsigned>(mask)) == 0;
+    own = merge(select(lower, own, other), select(lower, other, own));
+  }
+  return own;
+}
+
+// A table of moments: all means, then all corrections, then all m2.
+template <class A>
+__device__ __forceinline__ void put_moments(A* table, std::int64_t entries, std::int64_t e, const Moments<A>& m) {
+  table[e] = m.mean;
+  table[entries + e] = m.correction;
+  table[2 * entries + e] = m.m2;
+}
+
+// Merges such a table; count(e) says of how many values entry e is. Lane l takes entries l, l + 32, ... in turn. By one whole warp.
+template <class A, class Count>
+__device__ __forceinline__ Counted<A> merge_table(const A* table, std::int64_t entries, Count count) {
+  MergeSequence<A> sequence;
+  for (std::int64_t e = lane_id(); e < entries; e += kWarpSize) {
+    sequence.push({{table[e], table[entries + e], table[2 * entries + e]}, static_cast<A>(count(e))});
+  }
+  return merge_lanes(sequence.all());
+}
+
+// A slab's statistics, from its merged moments.
+template <class A>
+struct SlabStats {
+  CentredRow<A> row;
+  A m2, unbiased;
+
+  __device__ __forceinline__ SlabStats(const Moments<A>& m, A n, A eps)
+      : row(finish_centred(m.mean, m.correction, m.m2, n, eps)), m2(m.m2), unbiased(ChannelNorm::unbiased_variance(m.m2, n)) {}
+
+  // stats: [4][slabs], moments: [3][slabs]; either may be null.
+  __device__ __forceinline__ void save(A* stats, A* moments, std::int64_t slabs, std::int64_t slab) const {
+    if (stats != nullptr) {
+      stats[slab] = row.hi;
+      stats[slabs + slab] = row.lo;
+      stats[2 * slabs + slab] = row.rstd;
+      stats[3 * slabs + slab] = unbiased;
+    }
+    if (moments != nullptr) {
+      moments[slab] = row.hi;
+      moments[slabs + slab] = row.lo;
+      moments[2 * slabs + slab] = m2;
+    }
+  }
+};
+
+template <class A>
+__device__ __forceinline__ CentredRow<A> load_stats(const void* stats, std::int64_t slabs, std::int64_t slab) {
+  const A* p = static_cast<const A*>(stats);
+  return {p[slab], p[slabs + slab], p[2 * slabs + slab]};
+}
+
+// Element i of an array of T, or of float32 where that is the type of the parameters of a 16-bit norm.
+template <class T>
+__device__ __forceinline__ Accumulate<T> load_parameter(const void* p, bool wide, std::int64_t i, float absent) {
+  if (p == nullptr) return absent;
+  if (sizeof(T) == 2 && wide) return static_cast<const float*>(p)[i];
+  return to_accumulate(static_cast<const T*>(p)[i]);
+}
+
+// y = activation(z), one branch for all values.
+template <class A, int N>
+__device__ __forceinline__ void activate_all(Activation activation, A (&z)[N]) {
+  const auto each = [&](Activation constant) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) z[i] = activate<A>(constant, z[i]);
+  };
+  switch (activation) {
+    case Activation::kRelu:
+      return each(Activation::kRelu);
+    case Activation::kSilu:
+      return each(Activation::kSilu);
+    case Activation::kGelu:
+      return each(Activation::kGelu);
+    case Activation::kLeakyRelu:
+      return each(Activation::kLeakyRelu);
+    case Activation::kNone:
+      break;
+  }
+}
+
+// dz from dy, in place, the same way.
+template <class A, int N>
+__device__ __forceinline__ void activation_gradients(Activation activation, const A (&z)[N], A (&dz)[N]) {
+  const auto each = [&](Activation constant) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) dz[i] = activation_gradient<A>(constant, z[i], dz[i]);
+  };
+  switch (activation) {
+    case Activation::kRelu:
+      return each(Activation::kRelu);
+    case Activation::kSilu:
+      return each(Activation::kSilu);
+    case Activation::kGelu:
+      return each(Activation::kGelu);
+    case Activation::kLeakyRelu:
+      return each(Activation::kLeakyRelu);
+    case Activation::kNone:
+      break;
+  }
+}
+
+}  // namespace normext::cuda

@@ -1,0 +1,186 @@
+// Channel norm backward over planes ([batch, channels, spatial], spatial > 1); the steps are those of channel_backward.cuh.
+//
+//   sums   a team of warps per segment of a slab (batch norm) or of a plane (group norm, whose sums are per channel of an image);
+//   each
+//          warp adds pieces of 512 elements, which meet in shared memory, and a warp adds those pairwise in index order
+//   apply  a team per segment of a slab
+// x, dy and, with an activation, the residual are read twice, the second time from L2 where they fit. A lane reads all elements of
+// a piece before it writes any, so grad_input may be grad_output. Chosen for every shape.
+#pragma once
+
+#include "cuda/channel_backward.cuh"
+#include "cuda/channel_tile.cuh"
+#include "cuda/param_grad.cuh"
+
+namespace normext::cuda {
+
+template <class A>
+struct PlanesBackwardParams {
+  ChannelBackwardArgs args;
+  PlanesPlan plan;
+  std::int64_t stats_slabs, slabs_each;  // slabs of the statistics; of the plan to one of those
+  A* partials;                           // [2][images * segments][channels]
+  std::int64_t entries;                  // images * segments
+  const A* means;                        // [2][slabs]
+  bool input_aligned;                    // input, residual and grad_output
+  bool output_aligned;                   // grad_input and grad_residual
+  bool wide;                             // weight and bias are float32 while T is a 16-bit type
+};
+
+// The tensors of one piece.
+template <class T, int V>
+struct GradTiles {
+  static constexpr int kSlots = kSlotsOf<kApplyPiece, V>;
+  Tile<T, V, kSlots> x, dy, residual;
+
+  template <class A>
+  __device__ __forceinline__ void load(const PlanePiece<V>& piece, const PlanesBackwardParams<A>& params, bool fused) {
+    piece.load(x, params.args.input, params.input_aligned);
+    piece.load(dy, params.args.grad_output, params.input_aligned);
+    if (fused && params.args.residual != nullptr) piece.load(residual, params.args.residual, params.input_aligned);
+  }
+};
+
+// Element sums of dz and of dz * xhat of a piece; every lane gets them.
+template <bool kFused, class T, int V, class A = Accumulate<T>>
+__device__ __forceinline__ void piece_sums(const PlanePiece<V>& piece, const PlanesBackwardParams<A>& params,
+                                           const CentredRow<A>& row, A weight, A bias, A& sum, A& product) {
+  constexpr int kSlots = GradTiles<T, V>::kSlots;
+  GradTiles<T, V> tiles;
+  tiles.load(piece, params, kFused);
+  // Pairwise as they come: two arrays of slots would not fit beside the tiles of float64.
+  constexpr int kLevels = 4;
+  static_assert(kSlots <= 1 << kLevels);
+  PairwiseSum<A, kLevels> sums, products;
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s) {
+    A xhat[V], dz[V];
+    slot_gradients<kFused>(
+        params.args, tiles.x.slot[s], tiles.dy.slot[s], tiles.residual.slot[s], [&](int) { return row; },
+        [&](int) { return weight; }, [&](int) { return bias; }, xhat, dz);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      dz[i] = piece.owns(s) ? dz[i] : A(0);
+      xhat[i] = piece.owns(s) ? dz[i] * xhat[i] : A(0);
+    }
+    sums.push(pairwise(dz));
+    products.push(pairwise(xhat));
+  }
+  sum = lanes_sum(sums.sum(), kWarpSize);
+  product = lanes_sum(products.sum(), kWarpSize);
+}
+
+template <class T, int V, bool kFused>
+__global__ void __launch_bounds__(kTeamWarps * 32, 1)
+    planes_sums_kernel(const __grid_constant__ PlanesBackwardParams<Accumulate<T>> params) {
+  using A = Accumulate<T>;
+  const PlanesPlan& plan = params.plan;
+  const Team team(plan);
+  const std::int64_t pieces = team.active ? ceil_div(plan.count(team.segment), kApplyPiece) : 0;
+  const std::int64_t room = ceil_div(plan.segments > 1 ? plan.segment : plan.slab_size, kApplyPiece);
+  A* table = reinterpret_cast<A*>(dynamic_smem()) + team.index * 2 * room;
+  const std::int64_t image = team.slab / plan.channels;
+  const std::int64_t channel = team.slab - image * plan.channels;
+
+  dependency_wait();
+  CentredRow<A> row{};
+  if (team.active) row = load_stats<A>(params.args.stats, params.stats_slabs, team.slab / params.slabs_each);
+  A weight = A(1), bias = A(0);
+  if (kFused && team.active) {
+    weight = load_parameter<T>(params.args.weight, params.wide, channel, 1.0f);
+    bias = load_parameter<T>(params.args.bias, params.wide, channel, 0.0f);
+  }
+  for (std::int64_t p = team.warp; p < pieces; p += plan.warps) {
+    const PlanePiece<V> piece(plan, team, p, kApplyPiece);
+    A sum, product;
+    piece_sums<kFused, T>(piece, params, row, weight, bias, sum, product);
+    if (lane_id() == 0) {
+      table[p] = sum;
+      table[room + p] = product;
+    }
+  }
+  block_barrier();
+  launch_dependents();
+  if (team.warp != 0 || !team.active) return;
+  for (int which = 0; which < 2; ++which) {
+    const A sum = warp_pairwise<kSplitLevels, A>(pieces, [&](std::int64_t p) { return table[which * room + p]; });
+    const std::int64_t entry = which * params.entries + image * plan.segments + team.segment;
+    if (lane_id() == 0) params.partials[entry * plan.channels + channel] = sum;
+  }
+}
+
+template <class T, int V, bool kFused>
+__global__ void __launch_bounds__(kTeamWarps * 32, 1)
+    planes_grad_kernel(const __grid_constant__ PlanesBackwardParams<Accumulate<T>> params) {
+  using A = Accumulate<T>;
+  const ChannelBackwardArgs& args = params.args;
+  const PlanesPlan& plan = params.plan;
+  const Team team(plan);
+  if (!team.active) return;
+
+  dependency_wait();
+  const CentredRow<A> row = load_stats<A>(args.stats, plan.slabs, team.slab);
+  const A mean_g = params.means != nullptr ? params.means[team.slab] : A(0);
+  const A mean_gx = params.means != nullptr ? params.means[plan.slabs + team.slab] : A(0);
+  const std::int64_t first_channel = team.slab * plan.slab_step % plan.channels;
+  const std::int64_t pieces = ceil_div(plan.count(team.segment), kApplyPiece);
+  for (std::int64_t p = team.warp; p < pieces; p += plan.warps) {
+    const PlanePiece<V> piece(plan, team, p, kApplyPiece);
+    GradTiles<T, V> tiles;
+    tiles.load(piece, params, kFused);
+#pragma unroll
+    for (int s = 0; s < tiles.kSlots; ++s) {
+      if (!piece.owns(s)) continue;
+      const std::int64_t channel = first_channel + piece.place(s).plane * plan.channel_step;
+      const A weight = load_parameter<T>(args.weight, params.wide, channel, 1.0f);
+      const A bias = kFused ? load_parameter<T>(args.bias, params.wide, channel, 0.0f) : A(0);
+      A xhat[V], dz[V], dx[V];
+      slot_gradients<kFused>(
+          args, tiles.x.slot[s], tiles.dy.slot[s], tiles.residual.slot[s], [&](int) { return row; }, [&](int) { return weight; },
+          [&](int) { return bias; }, xhat, dz);
+      input_gradients(
+          args.fixed_stats, xhat, dz, [&](int) { return row; }, [&](int) { return weight; }, [&](int) { return mean_g; },
+          [&](int) { return mean_gx; }, dx);
+      tiles.dy.slot[s].assign(dz);
+      tiles.x.slot[s].assign(dx);
+    }
+    if (args.grad_input != nullptr) piece.store(tiles.x, args.grad_input, params.output_aligned);
+    if (args.grad_residual != nullptr) piece.store(tiles.dy, args.grad_residual, params.output_aligned);
+  }
+  launch_dependents();
+}
+
+template <class T>
+void planes_backward_typed(const ChannelBackwardArgs& args, void* workspace, void* stream) {
+  using A = Accumulate<T>;
+  PlanesBackwardParams<A> params{};
+  params.args = args;
+  params.plan = planes_plan(args.shape, sizeof(T), true);
+  params.stats_slabs = args.shape.slabs();
+  params.slabs_each = args.shape.group_channels();
+  params.entries = (args.shape.batch_norm() ? 1 : args.shape.batch) * params.plan.segments;
+  params.input_aligned = all_aligned(params.plan.vector, args.dtype, args.input, args.grad_output, args.residual);
+  params.output_aligned = all_aligned(params.plan.vector, args.dtype, args.grad_input, args.grad_residual);
+  params.wide = args.param_dtype != args.dtype;
+  visit_vector<T>(params.plan.vector, [&](auto vector) {
+    visit_bool(args.activation != Activation::kNone, [&](auto fused) {
+      constexpr int V = decltype(vector)::value;
+      constexpr bool kFused = decltype(fused)::value;
+      const auto sums = [&](A* partials) {
+        const PlanesPlan& plan = params.plan;
+        params.partials = partials;
+        const std::size_t table = plan.teams * 2 * plan.pieces(kApplyPiece) * sizeof(A);
+        launch_channel(planes_sums_kernel<T, V, kFused>, plan.blocks(), plan.warps * plan.teams * 32, table, stream, params);
+      };
+      const auto apply = [&](const A* means) {
+        params.plan = planes_plan(args.shape, sizeof(T));
+        params.means = means;
+        const PlanesPlan& plan = params.plan;
+        launch_channel(planes_grad_kernel<T, V, kFused>, plan.blocks(), plan.warps * plan.teams * 32, 0, stream, params);
+      };
+      backward_steps<A>(args, workspace, stream, sums, apply);
+    });
+  });
+}
+
+}  // namespace normext::cuda

@@ -1,0 +1,92 @@
+// Statistics that do not come from the input at hand: of all ranks (SyncBatchNorm), from running statistics (evaluation), and the
+// update of running statistics. One thread per channel; nothing is read by the host, so that a captured graph replays right.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/channel_launch.cuh"
+#include "cuda/channel_merge.cuh"
+#include "cuda/param_grad.cuh"
+
+namespace normext::cuda {
+
+constexpr int kRunningThreads = 128;
+
+__device__ __forceinline__ std::int64_t thread_channel() {
+  return static_cast<std::int64_t>(blockIdx.x) * kRunningThreads + threadIdx.x;
+}
+
+// The int64 whose bits the values from p on hold; a row of floats may leave it at 4 bytes past a multiple of 8.
+template <class A>
+__device__ __forceinline__ std::int64_t count_of(const A* p) {
+  std::int64_t count = 0;
+  if constexpr (sizeof(A) == 4) {
+    const std::uint64_t low = float_to_bits(p[0]), high = float_to_bits(p[1]);
+    count = static_cast<std::int64_t>(low | high << 32);
+  } else {
+    const A value = p[0];
+    memcpy(&count, &value, sizeof(count));
+  }
+  return count;
+}
+
+// Count, a double, is a template parameter so that the kernel's name says that it makes one.
+template <class A, class Count>
+__global__ void __launch_bounds__(kRunningThreads, 1) merge_moments_kernel(const __grid_constant__ ChannelMergeArgs args, A eps) {
+  constexpr std::int64_t kCountValues = 8 / static_cast<int>(sizeof(A));
+  const std::int64_t channels = args.channels;
+  const std::int64_t channel = thread_channel();
+  if (channel >= channels) return;
+
+  dependency_wait();
+  MergeSequence<A> sequence;
+  std::int64_t values = 0;
+  for (std::int64_t r = 0; r < args.ranks; ++r) {
+    const A* row = static_cast<const A*>(args.gathered) + r * (3 * channels + kCountValues);
+    const std::int64_t count = count_of(row + 3 * channels);
+    sequence.push({{row[channel], row[channels + channel], row[2 * channels + channel]}, static_cast<A>(count)});
+    values += count;
+  }
+  const SlabStats<A> stats(sequence.all().moments, static_cast<A>(values), eps);
+  stats.save(static_cast<A*>(args.stats), nullptr, channels, channel);
+  if (channel == 0) *args.count = static_cast<Count>(values);
+}
+
+template <class A, class R>
+__global__ void __launch_bounds__(kRunningThreads, 1) fixed_stats_kernel(const __grid_constant__ FixedStatsArgs args, A eps) {
+  const std::int64_t channel = thread_channel();
+  if (channel >= args.channels) return;
+  dependency_wait();
+  const A mean = static_cast<A>(to_accumulate(static_cast<const R*>(args.running_mean)[channel]));
+  const A variance = static_cast<A>(to_accumulate(static_cast<const R*>(args.running_var)[channel]));
+  const CentredRow<A> row = ChannelNorm::from_running<A>(mean, variance, eps);
+  A* stats = static_cast<A*>(args.stats);
+  stats[channel] = row.hi;
+  stats[args.channels + channel] = row.lo;
+  stats[2 * args.channels + channel] = row.rstd;
+  stats[3 * args.channels + channel] = A(0);
+}
+
+template <class A, class R>
+__global__ void __launch_bounds__(kRunningThreads, 1) update_running_kernel(const __grid_constant__ RunningArgs args, A momentum) {
+  using W = std::conditional_t<sizeof(R) == 8, double, A>;
+  const std::int64_t channel = thread_channel();
+  if (channel >= args.channels) return;
+  dependency_wait();
+  const A* stats = static_cast<const A*>(args.stats);
+  const std::int64_t slabs = args.images * args.channels;
+  const W rate = static_cast<W>(args.batches != nullptr ? A(1) / static_cast<A>(*args.batches) : momentum);
+  const auto update = [&](void* running, auto found) {
+    if (running == nullptr) return;
+    PairwiseSum<A, kGradLevels> pairs;
+    const std::int64_t padded = power_of_two_at_least(args.images);
+    for (std::int64_t i = 0; i < padded; ++i) pairs.push(i < args.images ? found(i * args.channels + channel) : A(0));
+    R* p = static_cast<R*>(running) + channel;
+    const W old = static_cast<W>(to_accumulate(*p));
+    *p = from_accumulate<R>(ChannelNorm::running<W>(old, static_cast<W>(pairs.sum() / static_cast<A>(args.images)), rate));
+  };
+  update(args.running_mean, [&](std::int64_t s) { return stats[s] + stats[slabs + s]; });
+  update(args.running_var, [&](std::int64_t s) { return stats[3 * slabs + s]; });
+}
+
+}  // namespace normext::cuda

@@ -1,0 +1,158 @@
+// The small kernels of the channel norms, which work on statistics and sums, not on tensors of input's shape.
+//
+//   finalise     merges the moments of each slab; a block of up to 8 warps per slab
+//   grad_sums    adds the partial sums of dz and dz*xhat of each channel: parameter gradients, and batch norm's slab means
+//   slab_means   group norm's slab means of g and g*xhat, from the same partial sums; a warp per slab
+// Orders of addition depend on the number of entries only. All are bound by latency: they read what L2 holds.
+#pragma once
+
+#include "cuda/channel_entry.h"
+#include "cuda/channel_launch.cuh"
+#include "cuda/channel_merge.cuh"
+#include "cuda/param_grad.cuh"
+
+namespace normext::cuda {
+
+constexpr int kFinaliseWarps = 8;
+
+template <class A>
+__global__ void __launch_bounds__(kFinaliseWarps * 32, 1)
+    channel_finalise_kernel(const __grid_constant__ FinaliseParams<A> params) {
+  const std::int64_t slab = blockIdx.x;
+  const std::int64_t entries = params.runs * params.group_channels;
+  const A* table = params.partials + slab * 3 * entries;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+
+  dependency_wait();
+  MergeSequence<A> sequence;
+  for (std::int64_t e = threadIdx.x; e < entries; e += blockDim.x) {
+    const std::int64_t begin = (params.group_channels == 1 ? e : e / params.group_channels) * params.run_rows;
+    const std::int64_t rest = params.rows - begin;
+    const A count = static_cast<A>(rest < params.run_rows ? rest : params.run_rows);
+    sequence.push({{table[e], table[entries + e], table[2 * entries + e]}, count});
+  }
+  Counted<A> merged = merge_lanes(sequence.all());
+  if (warps > 1) {
+    A* shared = reinterpret_cast<A*>(dynamic_smem());
+    if (lane_id() == 0) {
+      put_moments(shared, warps, warp, merged.moments);
+      shared[3 * warps + warp] = merged.n;
+    }
+    block_barrier();
+    merged = merge_table(shared, warps, [&](std::int64_t w) { return shared[3 * warps + w]; });
+  }
+  launch_dependents();
+  if (threadIdx.x != 0) return;
+  SlabStats<A>(merged.moments, static_cast<A>(params.slab_size), params.eps).save(params.stats, params.moments, params.slabs, slab);
+}
+
+template <class A>
+void launch_finalise_typed(const FinaliseParams<A>& params, void* stream) {
+  const std::int64_t entries = params.runs * params.group_channels;
+  const int warps = static_cast<int>(std::clamp<std::int64_t>(ceil_div(entries, 128), 1, kFinaliseWarps));
+  launch_channel(channel_finalise_kernel<A>, params.slabs, warps * 32, 4 * warps * sizeof(A), stream, params);
+}
+
+// Element i of an array of a type known at run time: double if A is, one of the others if not.
+template <class A>
+__device__ __forceinline__ A load_any(DType dtype, const void* p, std::int64_t i) {
+  if constexpr (sizeof(A) == 8) {
+    return static_cast<const double*>(p)[i];
+  } else if (dtype == DType::kFloat16) {
+    return to_accumulate(static_cast<const Half*>(p)[i]);
+  } else if (dtype == DType::kBFloat16) {
+    return to_accumulate(static_cast<const BFloat16*>(p)[i]);
+  } else {
+    return static_cast<const float*>(p)[i];
+  }
+}
+template <class A>
+__device__ __forceinline__ void store_any(DType dtype, void* p, std::int64_t i, A value) {
+  if constexpr (sizeof(A) == 8) {
+    static_cast<double*>(p)[i] = value;
+  } else if (dtype == DType::kFloat16) {
+    static_cast<Half*>(p)[i] = from_accumulate<Half>(value);
+  } else if (dtype == DType::kBFloat16) {
+    static_cast<BFloat16*>(p)[i] = from_accumulate<BFloat16>(value);
+  } else {
+    static_cast<float*>(p)[i] = value;
+  }
+}
+
+// A block takes 32 channels of one of the two sums; its 16 slices of threads take contiguous entries, so every access is coalesced.
+// Count, a double, is a template parameter so that the kernel's name says that it converts one.
+template <class A, class Count>
+__global__ void __launch_bounds__(kGradColumns* kGradSlices, 1) grad_sums_kernel(const __grid_constant__ GradSumsParams<A> params) {
+  const std::int64_t channels = params.shape.channels;
+  const std::int64_t entries = params.shape.batch_norm() ? params.runs : params.shape.batch * params.runs;
+  const std::int64_t blocks = ceil_div(channels, kGradColumns);
+  const int which = blockIdx.x < blocks ? 0 : 1;
+  const A* partials = params.partials + which * entries * channels;
+  const int slice = static_cast<int>(threadIdx.x) / kGradColumns;
+  const std::int64_t channel = (blockIdx.x - which * blocks) * kGradColumns + threadIdx.x % kGradColumns;
+  const bool exists = channel < channels;
+
+  dependency_wait();
+  const std::int64_t padded = power_of_two_at_least(entries);
+  const std::int64_t run = padded > kGradSlices ? padded / kGradSlices : 1;
+  PairwiseSum<A, kGradLevels> pairs;
+  for (std::int64_t e = slice * run; e < (slice + 1) * run; ++e) {
+    pairs.push(exists && e < entries ? partials[e * channels + channel] : A(0));
+  }
+  A* table = reinterpret_cast<A*>(dynamic_smem());
+  table[threadIdx.x] = pairs.sum();
+  for (int width = 1; width < kGradSlices; width *= 2) {
+    block_barrier();
+    if (slice % (2 * width) == 0) table[threadIdx.x] = table[threadIdx.x] + table[threadIdx.x + width * kGradColumns];
+  }
+  launch_dependents();
+  if (slice != 0 || !exists) return;
+  const A sum = table[threadIdx.x];
+  if (params.grad[which] != nullptr) store_any(params.param_dtype, params.grad[which], channel, sum);
+  if (params.sums != nullptr) params.sums[which * channels + channel] = sum;
+  if (params.means == nullptr || !params.shape.batch_norm()) return;
+  const A n =
+      params.count != nullptr ? static_cast<A>(*static_cast<const Count*>(params.count)) : static_cast<A>(params.shape.slab_size());
+  const A weight = params.weight != nullptr ? load_any<A>(params.param_dtype, params.weight, channel) : A(1);
+  params.means[which * channels + channel] = weight * sum / n;
+}
+
+constexpr int kMeansWarps = 4;
+
+template <class A>
+__global__ void __launch_bounds__(kMeansWarps * 32, 1) slab_means_kernel(const __grid_constant__ GradSumsParams<A> params) {
+  const ChannelShape& shape = params.shape;
+  const std::int64_t slab = static_cast<std::int64_t>(blockIdx.x) * kMeansWarps + threadIdx.x / kWarpSize;
+  const std::int64_t slabs = shape.batch * shape.groups;
+  const std::int64_t each = shape.channels / shape.groups;
+  const std::int64_t image = slab / shape.groups;
+  const std::int64_t first_channel = (slab - image * shape.groups) * each;
+  const std::int64_t terms = slab < slabs ? params.runs * each : 0;
+
+  dependency_wait();
+  for (int which = 0; which < 2; ++which) {
+    const A* partials = params.partials + (which * shape.batch + image) * params.runs * shape.channels;
+    const A sum = warp_pairwise<kSplitLevels, A>(terms, [&](std::int64_t e) {
+      const std::int64_t run = e / each;
+      const std::int64_t channel = first_channel + e - run * each;
+      const A weight = params.weight != nullptr ? load_any<A>(params.param_dtype, params.weight, channel) : A(1);
+      return weight * partials[run * shape.channels + channel];
+    });
+    if (slab < slabs && lane_id() == 0) params.means[which * slabs + slab] = sum / static_cast<A>(each * shape.spatial);
+  }
+  launch_dependents();
+}
+
+template <class A>
+void launch_grad_sums_typed(const GradSumsParams<A>& params, void* stream) {
+  const bool batch_norm = params.shape.batch_norm();
+  if (params.grad[0] != nullptr || params.grad[1] != nullptr || params.sums != nullptr || (batch_norm && params.means != nullptr)) {
+    launch_channel(grad_sums_kernel<A, double>, 2 * ceil_div(params.shape.channels, kGradColumns), kGradColumns * kGradSlices,
+                   kGradColumns * kGradSlices * sizeof(A), stream, params);
+  }
+  if (batch_norm || params.means == nullptr) return;
+  launch_channel(slab_means_kernel<A>, ceil_div(params.shape.slabs(), kMeansWarps), kMeansWarps * 32, 0, stream, params);
+}
+
+}  // namespace normext::cuda

@@ -1,0 +1,125 @@
+"""What the channel norms share: activations, checks of their arguments, shapes of their results, running statistics."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from normext import _library
+
+_update = _library.Op.named("batch_norm_update_")
+
+# As numbered in csrc/core/types.h.
+ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "leaky_relu": 4}
+_FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (lambda z: z, F.relu, F.silu, F.gelu, F.leaky_relu)
+
+
+def activation_code(op: str, activation: str | None) -> int:
+    try:
+        return ACTIVATIONS[activation]
+    except (KeyError, TypeError):
+        raise ValueError(f"{op}: expected activation None, 'relu', 'silu', 'gelu' or 'leaky_relu', got {activation!r}") from None
+
+
+def activate(activation: int, z: Tensor) -> Tensor:
+    return _FUNCTIONS[activation](z)
+
+
+def affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y * weight + bias per channel, in plain torch ops."""
+    shape = [-1] + [1] * (y.dim() - 2)
+    if weight is not None:
+        y = y * weight.view(shape)
+    if bias is not None:
+        y = y + bias.view(shape)
+    return y
+
+
+def accepts(input: Tensor, *parameters: Tensor | None) -> bool:
+    """The kernels take these arguments: asked where an op's exception could not be caught."""
+    return (
+        _library.accepts_dtypes(input, *parameters)
+        and input.dim() >= 2
+        and all(p is None or (p.shape == (input.shape[1],) and p.device == input.device) for p in parameters)
+    )
+
+
+def one_value_per_channel(input: Tensor) -> bool:
+    """Statistics over a single value: torch refuses them."""
+    return input.numel() == input.shape[1] and input.shape[0] * input[0, 0].numel() == 1
+
+
+def check_fake(
+    op: str, input: Tensor, groups: int, parameters: tuple[Tensor | None, ...], like_input: tuple[Tensor | None, ...]
+) -> None:
+    if input.dim() < 2:
+        raise RuntimeError(f"{op}: expected input of at least 2 dimensions, got {list(input.shape)}")
+    if groups < 0 or (groups > 0 and input.shape[1] % groups != 0):
+        raise RuntimeError(f"{op}: expected num_groups that divide {input.shape[1]} channels, got {groups}")
+    expected = [(tensor, input.shape[1:2]) for tensor in parameters] + [(tensor, input.shape) for tensor in like_input]
+    for tensor, shape in expected:
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise RuntimeError(f"{op}: expected a tensor of shape {list(shape)}, got {list(tensor.shape)}")
+        if tensor.device != input.device:
+            raise RuntimeError(f"{op}: expected all tensors on {input.device} like input, got {tensor.device}")
+    if not _library.accepts_dtypes(input, *parameters):
+        raise RuntimeError(f"{op}: expected parameters of input's dtype {input.dtype}, or float32 with 16-bit input")
+
+
+def stats_like(input: Tensor, groups: int) -> Tensor:
+    """Saved statistics of a channel norm: the mean, its rounding error, rstd and the unbiased variance of every slab."""
+    slabs = input.shape[1] if groups == 0 else input.shape[0] * groups
+    return input.new_empty((4, slabs), dtype=_library.accumulate_dtype(input))
+
+
+def fake_gradients(needs: int, input: Tensor, residual: bool, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients in the format of the input, and those of the parameters; of shape [0] where not needed."""
+    given = weight if weight is not None else bias
+    parameter = input.new_empty(input.shape[1], dtype=input.dtype if given is None else given.dtype)
+    like_input = [_library.channels_last_like(input)] * (2 if residual else 1)
+    shapes = [*like_input, parameter, parameter]
+    return tuple(torch.empty_like(shape) if needs >> i & 1 else input.new_empty(0) for i, shape in enumerate(shapes))
+
+
+def update_running(
+    input: Tensor,
+    stats: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float,
+) -> None:
+    """Running statistics take those of the batch; an empty batch leaves them alone. With num_batches_tracked the momentum is its
+    reciprocal, computed where it lies: replaying a CUDA graph stays right."""
+    if running_mean is None or running_var is None or input.numel() == 0:
+        return
+    update = _update.overload if _library.is_compiling() else _update.direct
+    update(stats, running_mean, running_var, num_batches_tracked, momentum)
+
+
+def update_running_reference(
+    mean: Tensor,
+    unbiased_variance: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float,
+) -> None:
+    """The same in plain torch ops, for transforms and torch.export."""
+    with torch.no_grad():
+        factor = momentum if num_batches_tracked is None else num_batches_tracked.to(mean.dtype).reciprocal()
+        for running, found in ((running_mean, mean), (running_var, unbiased_variance)):
+            if running is not None:
+                running.copy_((1 - factor) * running + factor * found.detach())
+
+
+def _fake_update(stats: Tensor, mean: Tensor, var: Tensor, batches: Tensor | None, momentum: float) -> None:
+    given = (stats, mean, var) if batches is None else (stats, mean, var, batches)
+    if mean.shape != var.shape or mean.dtype != var.dtype or any(tensor.device != stats.device for tensor in given):
+        raise RuntimeError("batch_norm_update_: expected running statistics of one shape and dtype, all tensors on one device")
+
+
+_library.register_fakes(batch_norm_update_=_fake_update)

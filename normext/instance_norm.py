@@ -1,0 +1,176 @@
+"""InstanceNorm (Ulyanov, Vedaldi and Lempitsky, 2016): GroupNorm with one channel per group, with optional running statistics."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from normext import _channel, _library
+from normext._channel import update_running, update_running_reference
+from normext._library import special
+from normext.batch_norm import tracked_batch_norm
+from normext.group_norm import compiled, eager, reference
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """Normalises every channel of every image; a drop-in for :func:`torch.nn.functional.instance_norm`, with
+
+    ``output = activation(norm(input) * weight + bias)``, computed in float32 (float64 for float64 input) and rounded once.
+
+    Args:
+        input: ``[N, C, *]``, float32, float64, float16 or bfloat16, any strides.
+        running_mean: ``[C]`` or None. With ``use_input_stats`` it becomes ``(1 - momentum) * running_mean + momentum * mean``,
+            where mean is averaged over the images; without, it is what is subtracted.
+        running_var: likewise, of the unbiased variance.
+        weight: ``[C]`` or None, of input's dtype, or float32 with 16-bit input; the running statistics too.
+        bias: like weight; each may be given without the other.
+        use_input_stats: whether the statistics are those of the image.
+        momentum: the share of the input in the running statistics.
+        eps: added to the variance, so in squared units of the input.
+        activation: None, "relu", "silu", "gelu" (the exact one) or "leaky_relu" (slope 0.01).
+
+    Returns:
+        A contiguous tensor of input's shape and dtype, as in torch. An image's result does not depend on the others.
+
+    Raises:
+        What torch.nn.functional.instance_norm of the installed torch raises for the same arguments, in its words; ValueError
+        for another activation.
+
+    Source: Ulyanov, Vedaldi and Lempitsky, "Instance Normalization", 2016.
+    """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
+        result: Tensor = handle_torch_function(
+            instance_norm,
+            (input, running_mean, running_var, weight, bias),
+            input,
+            running_mean=running_mean,
+            running_var=running_var,
+            weight=weight,
+            bias=bias,
+            use_input_stats=use_input_stats,
+            momentum=momentum,
+            eps=eps,
+            activation=activation,
+        )
+        return result
+    code = _channel.activation_code("instance_norm", activation) if activation is not None else 0
+    try:
+        refused = _refused(input, running_mean, running_var, weight, bias, use_input_stats)
+    except _library.REFUSALS:
+        refused = True
+    if refused:  # torch's answer, or its exception
+        y = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+        return _channel.activate(code, y)
+    input = input.contiguous()
+    if not use_input_stats:
+        return tracked_batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps, None, activation, None)
+    if _library.transformed():
+        return _transformed(input, running_mean, running_var, weight, bias, momentum, eps, code)
+    run = compiled if special() else eager
+    try:
+        output, stats = run(input, weight, bias, input.shape[1], eps, code)
+    except MemoryError:
+        raise _library.out_of_memory(input) from None
+    if _library.is_exporting():
+        images = stats.view(4, input.shape[0], input.shape[1]).mean(1)
+        update_running_reference(images[0] + images[1], images[3], running_mean, running_var, None, momentum)
+    else:
+        update_running(input, stats, running_mean, running_var, None, momentum)
+    return output
+
+
+def _refused(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    use_input_stats: bool,
+) -> bool:
+    return (
+        not _channel.accepts(input, weight, bias, running_mean, running_var)
+        or input.dim() < 3
+        or input.numel() == 0
+        or (running_mean is None) != (running_var is None)
+        or (use_input_stats and input.numel() == input.shape[0] * input.shape[1])
+        or (not use_input_stats and running_mean is None)
+    )
+
+
+def _transformed(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    activation: int,
+) -> Tensor:
+    if running_mean is not None:
+        x = input.detach().to(_library.accumulate_dtype(input)).flatten(2)
+        mean, variance = x.mean((0, 2)), x.var(2, unbiased=True).mean(0)
+        update_running_reference(mean, variance, running_mean, running_var, None, momentum)
+    return reference(input, weight, bias, input.shape[1], eps, activation)
+
+
+class _InstanceForward(nn.Module):
+    """The forward of InstanceNorm1d, 2d and 3d."""
+
+    _dims: int
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        batched = input.dim() == self._dims
+        if not (batched or input.dim() == self._dims - 1) or input.shape[1 if batched else 0] != self.num_features:
+            result: Tensor = super().forward(input)  # raises or warns, in torch's words
+            return result
+        output = instance_norm(
+            input if batched else input.unsqueeze(0),
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training or not self.track_running_stats,
+            0.0 if self.momentum is None else self.momentum,
+            self.eps,
+        )
+        return output if batched else output.squeeze(0)
+
+
+class InstanceNorm1d(_InstanceForward, nn.InstanceNorm1d):
+    """:class:`torch.nn.InstanceNorm1d`, computed by :func:`normext.instance_norm`: same arguments, buffers and state_dict.
+
+    Input ``[N, C, L]`` or ``[C, L]``, output contiguous and of the same shape and dtype.
+    """
+
+    _dims = 3
+
+
+class InstanceNorm2d(_InstanceForward, nn.InstanceNorm2d):
+    """:class:`torch.nn.InstanceNorm2d`, computed by :func:`normext.instance_norm`: same arguments, buffers and state_dict.
+
+    Input ``[N, C, H, W]`` or ``[C, H, W]``, output contiguous and of the same shape and dtype.
+    """
+
+    _dims = 4
+
+
+class InstanceNorm3d(_InstanceForward, nn.InstanceNorm3d):
+    """:class:`torch.nn.InstanceNorm3d`, computed by :func:`normext.instance_norm`: same arguments, buffers and state_dict.
+
+    Input ``[N, C, D, H, W]`` or ``[C, D, H, W]``, output contiguous and of the same shape and dtype.
+    """
+
+    _dims = 5
