@@ -100,6 +100,17 @@ def a_single_value_per_rank(rank, world):
     close(module.running_var, running[1], torch.float32)
 
 
+def nothing_on_any_rank(rank, world):
+    """The batch is counted, as in torch; statistics have nothing to learn from it."""
+    module = new_module(torch.float32)
+    output = module(torch.empty(0, CHANNELS, 3, requires_grad=True))
+    output.sum().backward()
+    assert output.shape == (0, CHANNELS, 3)
+    assert module.running_mean.equal(torch.zeros(CHANNELS))
+    assert module.running_var.equal(torch.ones(CHANNELS))
+    assert module.weight.grad.equal(torch.zeros(CHANNELS))
+
+
 def two_collectives_a_step(rank, world):
     calls = []
     gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -205,6 +216,7 @@ def bad_input_is_refused(rank, world):
 CHECKS = (
     equals_batch_norm_of_the_whole,
     a_single_value_per_rank,
+    nothing_on_any_rank,
     two_collectives_a_step,
     cumulative_average,
     trains_under_ddp,

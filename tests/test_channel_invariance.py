@@ -144,7 +144,8 @@ def canonical(op, x):
 @pytest.mark.parametrize("op", cases.OPS)
 def test_layout_does_not_change_the_result(op, dtype, layout, backend):
     """Strided, permuted, expanded and misaligned inputs give the bits of their dense copies; so do gradients."""
-    for shape in ((3, 6, (5,), 2), (2, 12, (9, 7), 3), (2, 8, (16, 16), 4), (2, 6, (3, 4, 5), 2), (2, 1, (5, 8), 1)):
+    shapes = ((2, 12, (9, 7), 3), (2, 8, (8, 8), 4), (3, 6, (5,), 2), (2, 6, (3, 4, 5), 2), (2, 1, (5, 8), 1))
+    for shape in shapes if dtype == torch.float32 else shapes[:2]:
         case = cases.ChannelCase(op, *shape, dtype=dtype, residual=op == "batch_norm", activation="relu")
         t = cases.make(case, backend)
         strided = t.laid_out(layout)

@@ -63,10 +63,12 @@ def test_strides_and_dtypes_are_those_of_torch(op, training, layout, device):
     for shape in SHAPES:
         if refused(op, training, shape):
             continue
-        for dtype in cases.DTYPES:
+        for dtype in cases.DTYPES if shape == SHAPES[0] else (torch.float32,):
             x = layout(torch.randn(shape).to(dtype).to(device))
             assert describe([run(normext, op, x, training)]) == describe([run(F, op, x, training)]), shape
-        for dy_layout in (None, cases.contiguous, cases.channels_last, cases.permuted, cases.expanded):
+        for dy_layout in (
+            (None, cases.contiguous, cases.channels_last, cases.permuted) if shape == SHAPES[0] else (None, cases.permuted)
+        ):
             expected = describe(with_gradients(F, op, x, training, dy_layout))
             assert describe(with_gradients(normext, op, x, training, dy_layout)) == expected, (shape, dy_layout)
 

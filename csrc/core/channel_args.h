@@ -1,4 +1,5 @@
-// What a channel norm (BatchNorm, GroupNorm, InstanceNorm, SyncBatchNorm) is asked to do, in terms that know neither torch nor CUDA.
+// What a channel norm (BatchNorm, GroupNorm, InstanceNorm, SyncBatchNorm) is asked to do, in terms that know neither torch nor
+// CUDA.
 //
 // Input is [batch, channels, spatial], dense, in one of two layouts. A slab is what shares statistics: a channel of the whole batch
 // (batch norm), or the channels of a group in one image (group norm; instance norm has one channel per group).
@@ -36,8 +37,9 @@ struct ChannelShape {
 };
 
 // Planes of the statistics of a slab, each [slabs] in the accumulate dtype: the mean, its rounding error, rstd, and the unbiased
-// variance, which running statistics take.
+// variance, which running statistics take. It is kNoValues where SyncBatchNorm found all ranks empty; the others are then 0.
 constexpr int kChannelStats = 4;
+constexpr float kNoValues = -1.0f;
 // Planes of moments that SyncBatchNorm exchanges: the mean, its rounding error, the sum of squared deviations.
 constexpr int kChannelMoments = 3;
 
@@ -111,9 +113,9 @@ struct RunningArgs {
   DType running_dtype = DType::kFloat32;  // of running_mean and running_var
   std::int64_t images = 1;
   std::int64_t channels = 0;
-  const void* stats = nullptr;  // [4, images * channels]
-  void* running_mean = nullptr;  // [channels] or null
-  void* running_var = nullptr;   // [channels] or null
+  const void* stats = nullptr;            // [4, images * channels]
+  void* running_mean = nullptr;           // [channels] or null
+  void* running_var = nullptr;            // [channels] or null
   const std::int64_t* batches = nullptr;  // [1] or null: momentum is then 1 / *batches (cumulative average)
   double momentum = 0.0;
 };

@@ -171,7 +171,10 @@ void merge_moments_as(const ChannelMergeArgs& args) {
     total += static_cast<double>(count);
   }
   *args.count = total;
-  if (present.empty()) return;
+  if (present.empty()) {
+    for (std::int64_t c = 0; c < args.channels; ++c) store_slab(static_cast<A*>(args.stats), args.channels, c, {}, A(kNoValues));
+    return;
+  }
   std::vector<Moments<A>> of_rank(present.size());
   for (std::int64_t c = 0; c < args.channels; ++c) {
     for (std::size_t r = 0; r < present.size(); ++r) {
@@ -228,6 +231,7 @@ void update_running_as(const RunningArgs& args) {
     old = narrowed<R>(ChannelNorm::running(widened<A>(old), found, momentum));
   };
   for (std::int64_t c = 0; c < args.channels; ++c) {
+    if (stats[3 * slabs + c] == A(kNoValues)) continue;
     update(args.running_mean, c,
            [&](std::int64_t i) { return stats[i * args.channels + c] + stats[slabs + i * args.channels + c]; });
     update(args.running_var, c, [&](std::int64_t i) { return stats[3 * slabs + i * args.channels + c]; });

@@ -47,7 +47,11 @@ __global__ void __launch_bounds__(kRunningThreads, 1) merge_moments_kernel(const
     sequence.push({{row[channel], row[channels + channel], row[2 * channels + channel]}, static_cast<A>(count)});
     values += count;
   }
-  const SlabStats<A> stats(sequence.all().moments, static_cast<A>(values), eps);
+  SlabStats<A> stats(sequence.all().moments, static_cast<A>(values), eps);
+  if (values == 0) {
+    stats.row = {};
+    stats.unbiased = kNoValues;
+  }
   stats.save(static_cast<A*>(args.stats), nullptr, channels, channel);
   if (channel == 0) *args.count = static_cast<Count>(values);
 }
@@ -75,6 +79,7 @@ __global__ void __launch_bounds__(kRunningThreads, 1) update_running_kernel(cons
   dependency_wait();
   const A* stats = static_cast<const A*>(args.stats);
   const std::int64_t slabs = args.images * args.channels;
+  if (stats[3 * slabs + channel] == A(kNoValues)) return;
   const W rate = static_cast<W>(args.batches != nullptr ? A(1) / static_cast<A>(*args.batches) : momentum);
   const auto update = [&](void* running, auto found) {
     if (running == nullptr) return;

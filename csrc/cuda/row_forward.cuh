@@ -23,12 +23,12 @@ struct RowForwardParams {
   RowTree tree;
   RowMapping mapping;
   A eps, alpha, weight_offset;
-  void* partials;               // kSplit: [rows][values][segments]
-  bool input_aligned;           // input and residual: vector accesses are legal
-  bool output_aligned;          // output and residual_out
-  bool param_aligned;           // weight and bias
-  bool float_output;            // the output is float32 while T is a 16-bit type
-  bool statistics, apply;       // row_wide.cuh: which of its two phases this launch runs
+  void* partials;          // kSplit: [rows][values][segments]
+  bool input_aligned;      // input and residual: vector accesses are legal
+  bool output_aligned;     // output and residual_out
+  bool param_aligned;      // weight and bias
+  bool float_output;       // the output is float32 while T is a 16-bit type
+  bool statistics, apply;  // row_wide.cuh: which of its two phases this launch runs
 };
 
 // Loads this lane's columns of x; with a residual, adds it and stores the sum.

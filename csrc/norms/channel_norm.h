@@ -22,7 +22,8 @@ struct ChannelNorm {
   NORMEXT_INLINE static V affine(V x, Slab<A> slab, V weight, V bias) {
     return fma<V>(LayerNorm::normalise(x, slab), weight, bias);
   }
-  // What running_var takes: the variance over n - 1. That of a single value is 0, not 0/0, which would stay in running_var for ever.
+  // What running_var takes: the variance over n - 1. That of a single value is 0, not 0/0, which would stay in running_var for
+  // ever.
   template <class A>
   NORMEXT_INLINE static A unbiased_variance(A m2, A n) {
     return m2 / (n > A(1) ? n - A(1) : A(1));

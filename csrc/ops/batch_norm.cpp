@@ -37,8 +37,8 @@ ChannelForwardResult run_forward(const Tensor& input, const Tensor* residual, co
 Tensor batch_norm_inference(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                             const OptionalTensor& bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                             double eps, std::int64_t activation) {
-  return run_forward(input, residual.or_null(), weight.or_null(), bias.or_null(), running_mean.or_null(), running_var.or_null(), eps,
-                     activation, false)
+  return run_forward(input, residual.or_null(), weight.or_null(), bias.or_null(), running_mean.or_null(), running_var.or_null(),
+                     eps, activation, false)
       .output;
 }
 
@@ -65,8 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& gra
                                                                const OptionalTensor& residual, const OptionalTensor& weight,
                                                                const OptionalTensor& bias, std::int64_t fixed_stats,
                                                                std::int64_t activation, std::int64_t needs) {
-  ChannelBackward backward =
-      backward_request("batch_norm_backward", grad_output, input, stats, residual, weight, bias, activation);
+  ChannelBackward backward = backward_request("batch_norm_backward", grad_output, input, stats, residual, weight, bias, activation);
   backward.fixed_stats = fixed_stats != 0;
   backward.needs = needs;
   ChannelBackwardResult result = channel_backward(backward);
@@ -144,9 +143,8 @@ const bool defined = [] {
       boxed<batch_norm_update_>);
   define("batch_norm_moments(Tensor input) -> Tensor", boxed<batch_norm_moments>);
   define("batch_norm_merge(Tensor gathered, float eps) -> (Tensor stats, Tensor count)", boxed<batch_norm_merge>);
-  define(
-      "batch_norm_apply(Tensor input, Tensor? residual, Tensor stats, Tensor? weight, Tensor? bias, int activation) -> Tensor",
-      boxed<batch_norm_apply>);
+  define("batch_norm_apply(Tensor input, Tensor? residual, Tensor stats, Tensor? weight, Tensor? bias, int activation) -> Tensor",
+         boxed<batch_norm_apply>);
   define(
       "batch_norm_backward_sums(Tensor grad_output, Tensor input, Tensor stats, Tensor? residual, Tensor? weight, Tensor? bias, "
       "int activation) -> Tensor",

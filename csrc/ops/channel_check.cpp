@@ -63,9 +63,8 @@ ChannelGeometry check_geometry(const char* op, const Tensor& input, std::int64_t
 ChannelGeometry check(const ChannelForward& request) {
   const char* op = request.op;
   const Tensor& input = request.input;
-  const ChannelGeometry geometry =
-      check_geometry(op, input, request.groups, {request.weight, request.bias, request.running_mean, request.running_var},
-                     request.activation);
+  const ChannelGeometry geometry = check_geometry(
+      op, input, request.groups, {request.weight, request.bias, request.running_mean, request.running_var}, request.activation);
   check_parameter(op, "weight", request.weight, input, geometry.param_dtype);
   check_parameter(op, "bias", request.bias, input, geometry.param_dtype);
   if ((request.running_mean == nullptr) != (request.running_var == nullptr)) {
@@ -83,8 +82,7 @@ ChannelGeometry check(const ChannelForward& request) {
 ChannelGeometry check(const ChannelBackward& request) {
   const char* op = request.op;
   const Tensor& input = request.input;
-  const ChannelGeometry geometry =
-      check_geometry(op, input, request.groups, {request.weight, request.bias}, request.activation);
+  const ChannelGeometry geometry = check_geometry(op, input, request.groups, {request.weight, request.bias}, request.activation);
   check_parameter(op, "weight", request.weight, input, geometry.param_dtype);
   check_parameter(op, "bias", request.bias, input, geometry.param_dtype);
   check_like_input(op, "grad_output", request.grad_output, input, geometry.dtype);

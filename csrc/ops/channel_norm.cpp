@@ -270,7 +270,8 @@ void update_running(const char* op, const Tensor& stats, const Tensor& running_m
                     running_mean.dtype_text() + " and " + running_var.dtype_text());
   }
   if (running_mean.ndim() != 1 || !running_mean.same_shape(running_var)) {
-    refuse_argument(op, "running statistics of one shape [channels]", running_mean.shape_text() + " and " + running_var.shape_text());
+    refuse_argument(op, "running statistics of one shape [channels]",
+                    running_mean.shape_text() + " and " + running_var.shape_text());
   }
   if (may_overlap_itself(running_mean) || may_overlap_itself(running_var) || may_overlap(running_mean, running_var)) {
     refuse_argument(op, "running statistics in memory of their own", "overlapping ones");

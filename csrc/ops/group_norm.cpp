@@ -36,7 +36,8 @@ Tensor group_norm_inference(const Tensor& input, const OptionalTensor& weight, c
 
 std::tuple<Tensor, Tensor> group_norm_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                               std::int64_t num_groups, double eps, std::int64_t activation) {
-  ChannelForwardResult result = channel_forward(request(input, weight.or_null(), bias.or_null(), num_groups, eps, activation, true));
+  ChannelForwardResult result =
+      channel_forward(request(input, weight.or_null(), bias.or_null(), num_groups, eps, activation, true));
   return {std::move(result.output), std::move(result.stats)};
 }
 
@@ -58,9 +59,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& grad_output
 
 const bool defined = [] {
   define("group_norm(Tensor input, Tensor weight, Tensor bias, int num_groups, float eps) -> Tensor", boxed<group_norm>);
-  define(
-      "group_norm_inference(Tensor input, Tensor? weight, Tensor? bias, int num_groups, float eps, int activation) -> Tensor",
-      boxed<group_norm_inference>);
+  define("group_norm_inference(Tensor input, Tensor? weight, Tensor? bias, int num_groups, float eps, int activation) -> Tensor",
+         boxed<group_norm_inference>);
   define(
       "group_norm_forward(Tensor input, Tensor? weight, Tensor? bias, int num_groups, float eps, int activation) "
       "-> (Tensor output, Tensor stats)",
