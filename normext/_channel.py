@@ -1,5 +1,6 @@
 """What the channel norms share: activations, checks of their arguments, shapes of their results, running statistics."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -47,7 +48,7 @@ def accepts(input: Tensor, *parameters: Tensor | None) -> bool:
 
 def one_value_per_channel(input: Tensor) -> bool:
     """Statistics over a single value: torch refuses them."""
-    return input.numel() == input.shape[1] and input.shape[0] * input[0, 0].numel() == 1
+    return input.numel() == input.shape[1] and input.shape[0] * math.prod(input.shape[2:]) == 1
 
 
 def check_fake(
@@ -69,6 +70,11 @@ def check_fake(
         raise RuntimeError(f"{op}: expected parameters of input's dtype {input.dtype}, or float32 with 16-bit input")
 
 
+def output_like(input: Tensor) -> Tensor:
+    """Channels-last where torch's batch norm calls the input so: not with one channel, which is both formats."""
+    return _library.contiguous_like(input) if input.shape[1] == 1 else _library.channels_last_like(input)
+
+
 def stats_like(input: Tensor, groups: int) -> Tensor:
     """Saved statistics of a channel norm: the mean, its rounding error, rstd and the unbiased variance of every slab."""
     slabs = input.shape[1] if groups == 0 else input.shape[0] * groups
@@ -79,7 +85,7 @@ def fake_gradients(needs: int, input: Tensor, residual: bool, weight: Tensor | N
     """Gradients in the format of the input, and those of the parameters; of shape [0] where not needed."""
     given = weight if weight is not None else bias
     parameter = input.new_empty(input.shape[1], dtype=input.dtype if given is None else given.dtype)
-    like_input = [_library.channels_last_like(input)] * (2 if residual else 1)
+    like_input = [output_like(input)] * 2 if residual else [_library.channels_last_like(input)]
     shapes = [*like_input, parameter, parameter]
     return tuple(torch.empty_like(shape) if needs >> i & 1 else input.new_empty(0) for i, shape in enumerate(shapes))
 

@@ -137,7 +137,7 @@ def normalized_ndim(input: Tensor, normalized_shape: Sequence[int]) -> int:
 def check_residual(op: str, input: Tensor, residual: Tensor) -> None:
     if not isinstance(input, Tensor) or not isinstance(residual, Tensor):
         raise TypeError(f"{op}: expected tensors, got {type(input).__name__} and {type(residual).__name__}")
-    for name in ("shape", "dtype", "device"):
+    for name in ("shape", "dtype", "device", "layout"):
         expected, got = getattr(input, name), getattr(residual, name)
         if expected != got:
             texts = (str(list(value)) if name == "shape" else str(value) for value in (expected, got))
@@ -202,9 +202,9 @@ def gradients(
             return _kernel_gradients(kernel.direct, needs, stats, kernel_arguments, len(incoming), *incoming, *primals)
         input, *parameters = primals
         return present(kernel.overload(*incoming, input, stats, *parameters, *kernel_arguments, needs), needs)
-    # A needed parameter that was not saved is like the first one, and no gradient depends on its value.
+    # A needed parameter that was not saved is like the one before it, and no gradient depends on its value.
     primals = tuple(
-        torch.zeros_like(cast(Tensor, primals[1])).requires_grad_() if primal is None and needs >> i & 1 else primal
+        torch.zeros_like(cast(Tensor, primals[i - 1])).requires_grad_() if primal is None and needs >> i & 1 else primal
         for i, primal in enumerate(primals)
     )
     from_reference = partial(_reference_gradients, reference, needs, reference_arguments, len(incoming))
@@ -297,7 +297,9 @@ class _Again(torch.autograd.Function):
         with torch.enable_grad():
             aliases = _aliases(ctx.saved_tensors)
             firsts = ctx.from_reference(True, *aliases)
-            pairs = [(first, second) for first, second in zip(firsts, seconds, strict=True) if second is not None]
+            # A gradient may depend on no leaf: that of the bias is the sum of an incoming gradient that needs none.
+            found = zip(firsts, seconds, strict=True)
+            pairs = [(first, second) for first, second in found if second is not None and first.requires_grad]
             if not pairs:
                 return (None,) * len(ctx.needs_input_grad)
             outputs, grad_outputs = zip(*pairs, strict=True)

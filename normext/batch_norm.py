@@ -61,7 +61,7 @@ def _fake(
     _channel.check_fake("batch_norm", input, 0, (weight, bias, running_mean, running_var), (residual,))
     if (running_mean is None) != (running_var is None):
         raise RuntimeError("batch_norm: expected running_mean and running_var, got one of them")
-    return _library.channels_last_like(input), _channel.stats_like(input, 0)
+    return _channel.output_like(input), _channel.stats_like(input, 0)
 
 
 def _fake_backward(
@@ -89,6 +89,13 @@ _library.register_fakes(
 )
 
 
+def _needed_later(
+    residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: int
+) -> tuple[Tensor | None, ...]:
+    """What the backward reads: without an activation no residual, and a bias only for its dtype where there is no weight."""
+    return residual if activation else None, weight, bias if activation or weight is None else None
+
+
 class _BatchNorm(torch.autograd.Function):
     """Statistics of the batch if `batch_stats`, and then running ones are updated; otherwise running ones are used."""
 
@@ -113,7 +120,7 @@ class _BatchNorm(torch.autograd.Function):
         output, stats = forward(input, residual, weight, bias, *given, eps, activation)
         if batch_stats:
             update_running(input, stats, running_mean, running_var, num_batches_tracked, momentum)
-        ctx.save_for_backward(input, stats, residual if activation else None, weight, bias)
+        ctx.save_for_backward(input, stats, *_needed_later(residual, weight, bias, activation))
         result: Tensor = output
         return result
 
@@ -156,7 +163,7 @@ def _setup_export(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     input, residual, weight, bias, running_mean, _, eps, activation = inputs
     ctx.arguments = running_mean is None, eps, activation
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(input, output[1], residual if activation else None, weight, bias)
+    ctx.save_for_backward(input, output[1], *_needed_later(residual, weight, bias, activation))
 
 
 def _backward_export(ctx: Any, grad_output: Tensor, grad_stats: Tensor) -> tuple[Any, ...]:
@@ -252,7 +259,7 @@ def tracked_batch_norm(
         if is_grad_enabled() and _library.any_requires_grad(input, residual, weight, bias):
             result = _apply(
                 *(input, residual, weight, bias, running_mean, running_var, num_batches_tracked),
-                *(bool(training), momentum, eps, code),
+                *(training, momentum, eps, code),
             )
         elif training:
             if running_mean is None and running_var is None:
@@ -281,6 +288,10 @@ def _check(
     eps: float,
 ) -> None:
     """What torch refuses and the ops do not look at, before anything is written."""
+    if training is not True and training is not False:
+        raise TypeError(f"batch_norm: expected training to be a bool, got {training!r}")
+    if _library.any_requires_grad(running_mean, running_var):
+        raise RuntimeError("batch_norm: expected running statistics that do not require grad")
     if training:
         if _channel.one_value_per_channel(input):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
@@ -356,11 +367,9 @@ def _transformed(
     if not training and running_mean is not None and running_var is not None:
         fixed = _running_rstd(running_mean, running_var, eps, _library.accumulate_dtype(input))
         return reference(input, residual, weight, bias, *fixed, eps, activation)
-    if running_mean is not None and input.numel() > 0:
-        x = input.detach().to(_library.accumulate_dtype(input))
-        dims = (0, *range(2, input.dim()))
-        mean, variance = x.mean(dims), x.var(dims, unbiased=True)
-        update_running_reference(mean, variance, running_mean, running_var, num_batches_tracked, momentum)
+    if running_mean is not None and input.numel() > 0:  # a transform lets only torch write what it did not make
+        share = momentum if num_batches_tracked is None else 1 / float(num_batches_tracked)
+        F.batch_norm(input.detach(), running_mean, running_var, None, None, True, share, eps)
     return reference(input, residual, weight, bias, None, None, eps, activation)
 
 

@@ -81,7 +81,7 @@ class _GroupNorm(torch.autograd.Function):
         ctx.arguments = num_groups, eps, activation
         forward = _forward.overload if is_dynamo_compiling() else _forward.direct
         output, stats = forward(input, weight, bias, num_groups, eps, activation)
-        ctx.save_for_backward(input, stats, weight, bias)
+        ctx.save_for_backward(input, stats, weight, bias if activation or weight is None else None)
         ctx.mark_non_differentiable(stats)
         return output, stats
 
@@ -118,7 +118,7 @@ def _setup_export(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     input, weight, bias, num_groups, eps, activation = inputs
     ctx.arguments = num_groups, eps, activation
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(input, output[1], weight, bias)
+    ctx.save_for_backward(input, output[1], weight, bias if activation or weight is None else None)
 
 
 _library.register_autograd("group_norm_export", _GroupNorm.backward, _setup_export)

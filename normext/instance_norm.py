@@ -67,27 +67,28 @@ def instance_norm(
         return result
     code = _channel.activation_code("instance_norm", activation) if activation is not None else 0
     try:
-        refused = _refused(input, running_mean, running_var, weight, bias, use_input_stats)
+        refused = _refused(input, running_mean, running_var, weight, bias, use_input_stats, momentum)
     except _library.REFUSALS:
         refused = True
     if refused:  # torch's answer, or its exception
         y = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
         return _channel.activate(code, y)
-    input = input.contiguous()
+    # With one channel torch's strides of a contiguous tensor may still be those of channels-last.
+    x = input.contiguous() if input.shape[1] != 1 else input.reshape(-1).view(input.shape)
     if not use_input_stats:
-        return tracked_batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps, None, activation, None)
+        return tracked_batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps, None, activation, None)
     if _library.transformed():
-        return _transformed(input, running_mean, running_var, weight, bias, momentum, eps, code)
-    run = compiled if special() else eager
+        return _transformed(x, running_mean, running_var, weight, bias, momentum, eps, code)
     try:
-        output, stats = run(input, weight, bias, input.shape[1], eps, code)
-    except MemoryError:
-        raise _library.out_of_memory(input) from None
-    if _library.is_exporting():
-        images = stats.view(4, input.shape[0], input.shape[1]).mean(1)
-        update_running_reference(images[0] + images[1], images[3], running_mean, running_var, None, momentum)
-    else:
-        update_running(input, stats, running_mean, running_var, None, momentum)
+        output, stats = (compiled if special() else eager)(x, weight, bias, x.shape[1], eps, code)
+        if _library.is_exporting():
+            images = stats.view(4, x.shape[0], x.shape[1]).mean(1)
+            update_running_reference(images[0] + images[1], images[3], running_mean, running_var, None, momentum)
+        else:
+            update_running(x, stats, running_mean, running_var, None, momentum)
+    except _library.REFUSALS as error:
+        running = (r.clone() if isinstance(r, Tensor) else r for r in (running_mean, running_var))
+        raise _library.torchs_error(error, F.instance_norm, input, *running, weight, bias, True, momentum, eps) from None
     return output
 
 
@@ -98,9 +99,13 @@ def _refused(
     weight: Tensor | None,
     bias: Tensor | None,
     use_input_stats: bool,
+    momentum: float,
 ) -> bool:
     return (
-        not _channel.accepts(input, weight, bias, running_mean, running_var)
+        (use_input_stats is not True and use_input_stats is not False)
+        or not isinstance(momentum, float | int)
+        or _library.any_requires_grad(running_mean, running_var)
+        or not _channel.accepts(input, weight, bias, running_mean, running_var)
         or input.dim() < 3
         or input.numel() == 0
         or (running_mean is None) != (running_var is None)
@@ -119,10 +124,8 @@ def _transformed(
     eps: float,
     activation: int,
 ) -> Tensor:
-    if running_mean is not None:
-        x = input.detach().to(_library.accumulate_dtype(input)).flatten(2)
-        mean, variance = x.mean((0, 2)), x.var(2, unbiased=True).mean(0)
-        update_running_reference(mean, variance, running_mean, running_var, None, momentum)
+    if running_mean is not None:  # a transform lets only torch write what it did not make
+        F.instance_norm(input.detach(), running_mean, running_var, None, None, True, momentum, eps)
     return reference(input, weight, bias, input.shape[1], eps, activation)
 
 

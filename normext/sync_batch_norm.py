@@ -37,7 +37,7 @@ def _fake_apply(
 ) -> Tensor:
     _channel.check_fake("batch_norm_apply", input, 0, (weight, bias), (residual,))
     _library.check_fake_stats("batch_norm_apply", stats, _channel.stats_like(input, 0))
-    return _library.channels_last_like(input)
+    return _channel.output_like(input)
 
 
 def _fake_backward_sums(

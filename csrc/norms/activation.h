@@ -14,14 +14,12 @@
 namespace normext {
 inline namespace NORMEXT_ISA {
 
-// e^x to 1.2 ulp (Cody and Waite reduction, the polynomial of Cephes); x is clamped to where the result is a normal number.
+// e^x to 1.2 ulp (Cody and Waite reduction, the polynomial of Cephes); 0 or infinity where the result is no normal number.
 template <class V>
 NORMEXT_INLINE V exponential(V x) {
   if constexpr (Math<V>::kDouble) {
     return Math<V>::exp(x);
   } else {
-    const V least = V{} - 87.0f, most = V{} + 88.0f;
-    x = x < least ? least : (x > most ? most : x);
     // Adding 1.5 * 2^23 leaves the nearest integer n in the low bits.
     const V shifted = fma<V>(x, V{} + 1.44269504f, V{} + 12582912.0f);
     const V n = shifted - 12582912.0f;
@@ -33,7 +31,8 @@ NORMEXT_INLINE V exponential(V x) {
     p = fma<V>(p, r, V{} + 1.6666665459e-1f);
     p = fma<V>(p, r, V{} + 5.0000001201e-1f);
     p = fma<V>(p, r * r, r) + 1.0f;
-    return p * Math<V>::from_bits((Math<V>::to_bits(shifted) + 127u) << 23);
+    const V e = p * Math<V>::from_bits((Math<V>::to_bits(shifted) + 127u) << 23);
+    return x < V{} - 87.0f ? V{} : (x > V{} + 88.0f ? V{} + __builtin_huge_valf() : e);
   }
 }
 
@@ -90,7 +89,8 @@ NORMEXT_INLINE V activation_gradient(Activation activation, V z, V dy) {
     case Activation::kSilu: {
       const V e = exponential<V>(-z);
       const V s = 1.0f / (1.0f + e);
-      return dy * s * fma<V>(z, e * s, V{} + 1.0f);  // 1 - s without cancellation
+      // e * s is 1 - s without cancellation, and infinity times 0 far below.
+      return z < V{} - 87.0f ? V{} : dy * s * fma<V>(z, e * s, V{} + 1.0f);
     }
     case Activation::kGelu: {
       const Normal<V> n = normal<V>(z);

@@ -39,7 +39,8 @@ ChannelGeometry check_geometry(const char* op, const Tensor& input, std::int64_t
     refuse_argument(op, "num_groups that divide " + std::to_string(shape.channels) + " channels", std::to_string(groups));
   }
   shape.groups = groups;
-  geometry.channels_last = is_channels_last(input);
+  // One channel is both formats: torch's batch norm then calls it contiguous, its group norm does not.
+  geometry.channels_last = is_channels_last(input) && (groups > 0 || shape.channels > 1);
   // With one value per channel and image both layouts are the same, and lanes are better spent on channels.
   const bool lanes_on_channels = shape.spatial == 1 || (geometry.channels_last && shape.channels > 1);
   shape.layout = lanes_on_channels ? ChannelLayout::kChannelsLast : ChannelLayout::kPlanes;

@@ -273,8 +273,8 @@ void update_running(const char* op, const Tensor& stats, const Tensor& running_m
     refuse_argument(op, "running statistics of one shape [channels]",
                     running_mean.shape_text() + " and " + running_var.shape_text());
   }
-  if (may_overlap_itself(running_mean) || may_overlap_itself(running_var) || may_overlap(running_mean, running_var)) {
-    refuse_argument(op, "running statistics in memory of their own", "overlapping ones");
+  if (may_overlap_itself(running_mean) || may_overlap_itself(running_var)) {
+    refuse_argument(op, "running statistics with an element of their own per channel", "expanded ones");
   }
   args.channels = running_mean.sizes()[0];
   args.images = args.channels == 0 ? 0 : stats.sizes()[1] / args.channels;
