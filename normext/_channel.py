@@ -71,8 +71,8 @@ def check_fake(
 
 
 def output_like(input: Tensor) -> Tensor:
-    """Channels-last where torch's batch norm calls the input so: not with one channel, which is both formats."""
-    return _library.contiguous_like(input) if input.shape[1] == 1 else _library.channels_last_like(input)
+    """Channels-last where torch's batch norm calls the input so: not where it is both formats (one channel, or one position)."""
+    return _library.contiguous_like(input) if input.is_contiguous() else _library.channels_last_like(input)
 
 
 def stats_like(input: Tensor, groups: int) -> Tensor:
@@ -85,7 +85,7 @@ def fake_gradients(needs: int, input: Tensor, residual: bool, weight: Tensor | N
     """Gradients in the format of the input, and those of the parameters; of shape [0] where not needed."""
     given = weight if weight is not None else bias
     parameter = input.new_empty(input.shape[1], dtype=input.dtype if given is None else given.dtype)
-    like_input = [output_like(input)] * 2 if residual else [_library.channels_last_like(input)]
+    like_input = [_library.channels_last_like(input)] * (2 if residual else 1)
     shapes = [*like_input, parameter, parameter]
     return tuple(torch.empty_like(shape) if needs >> i & 1 else input.new_empty(0) for i, shape in enumerate(shapes))
 
@@ -114,12 +114,24 @@ def update_running_reference(
     num_batches_tracked: Tensor | None,
     momentum: float,
 ) -> None:
-    """The same in plain torch ops, for transforms and torch.export."""
+    """The same in plain torch ops, for torch.export."""
     with torch.no_grad():
         factor = momentum if num_batches_tracked is None else num_batches_tracked.to(mean.dtype).reciprocal()
         for running, found in ((running_mean, mean), (running_var, unbiased_variance)):
             if running is not None:
                 running.copy_((1 - factor) * running + factor * found.detach())
+
+
+def update_running_transformed(
+    mean: Tensor, unbiased_variance: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float
+) -> None:
+    """The same under a transform, which lets only torch's batch norm write what it did not make itself: two batches of two values
+    per channel, of which one has this mean and one, around 0, this variance."""
+    deviation = (unbiased_variance.detach() / 2).sqrt().to(running_var.dtype)
+    mean = mean.detach().to(running_mean.dtype)
+    F.batch_norm(torch.stack((mean, mean)), running_mean, torch.ones_like(running_var), None, None, True, momentum)
+    around_zero = torch.stack((deviation, -deviation))
+    F.batch_norm(around_zero, torch.zeros_like(running_mean), running_var, None, None, True, momentum)
 
 
 def _fake_update(stats: Tensor, mean: Tensor, var: Tensor, batches: Tensor | None, momentum: float) -> None:

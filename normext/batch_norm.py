@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normext import _channel, _library
-from normext._channel import update_running, update_running_reference
+from normext._channel import update_running, update_running_reference, update_running_transformed
 from normext._library import Op, is_dynamo_compiling, is_grad_enabled, special
 
 _lean = Op.named("batch_norm").direct
@@ -367,9 +367,11 @@ def _transformed(
     if not training and running_mean is not None and running_var is not None:
         fixed = _running_rstd(running_mean, running_var, eps, _library.accumulate_dtype(input))
         return reference(input, residual, weight, bias, *fixed, eps, activation)
-    if running_mean is not None and input.numel() > 0:  # a transform lets only torch write what it did not make
+    if running_mean is not None and running_var is not None and input.numel() > 0:
+        x = input.detach().to(_library.accumulate_dtype(input))
+        dims = (0, *range(2, input.dim()))
         share = momentum if num_batches_tracked is None else 1 / float(num_batches_tracked)
-        F.batch_norm(input.detach(), running_mean, running_var, None, None, True, share, eps)
+        update_running_transformed(x.mean(dims), x.var(dims, unbiased=True), running_mean, running_var, share)
     return reference(input, residual, weight, bias, None, None, eps, activation)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normext import _channel, _library
-from normext._channel import update_running, update_running_reference
+from normext._channel import update_running, update_running_reference, update_running_transformed
 from normext._library import special
 from normext.batch_norm import tracked_batch_norm
 from normext.group_norm import compiled, eager, reference
@@ -73,8 +73,9 @@ def instance_norm(
     if refused:  # torch's answer, or its exception
         y = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
         return _channel.activate(code, y)
-    # With one channel torch's strides of a contiguous tensor may still be those of channels-last.
-    x = input.contiguous() if input.shape[1] != 1 else input.reshape(-1).view(input.shape)
+    x = input.contiguous()
+    if x.shape[1] == 1 or x.stride(1) == 1:  # the strides may still be those of channels-last
+        x = x.reshape(-1).view(x.shape)
     if not use_input_stats:
         return tracked_batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps, None, activation, None)
     if _library.transformed():
@@ -124,8 +125,10 @@ def _transformed(
     eps: float,
     activation: int,
 ) -> Tensor:
-    if running_mean is not None:  # a transform lets only torch write what it did not make
-        F.instance_norm(input.detach(), running_mean, running_var, None, None, True, momentum, eps)
+    if running_mean is not None and running_var is not None:
+        x = input.detach().to(_library.accumulate_dtype(input)).flatten(2)
+        variance = x.var(2, unbiased=True).mean(0)
+        update_running_transformed(x.mean((0, 2)), variance, running_mean, running_var, momentum)
     return reference(input, weight, bias, input.shape[1], eps, activation)
 
 

@@ -39,8 +39,7 @@ ChannelGeometry check_geometry(const char* op, const Tensor& input, std::int64_t
     refuse_argument(op, "num_groups that divide " + std::to_string(shape.channels) + " channels", std::to_string(groups));
   }
   shape.groups = groups;
-  // One channel is both formats: torch's batch norm then calls it contiguous, its group norm does not.
-  geometry.channels_last = is_channels_last(input) && (groups > 0 || shape.channels > 1);
+  geometry.channels_last = is_channels_last(input);
   // With one value per channel and image both layouts are the same, and lanes are better spent on channels.
   const bool lanes_on_channels = shape.spatial == 1 || (geometry.channels_last && shape.channels > 1);
   shape.layout = lanes_on_channels ? ChannelLayout::kChannelsLast : ChannelLayout::kPlanes;
@@ -64,8 +63,10 @@ ChannelGeometry check_geometry(const char* op, const Tensor& input, std::int64_t
 ChannelGeometry check(const ChannelForward& request) {
   const char* op = request.op;
   const Tensor& input = request.input;
-  const ChannelGeometry geometry = check_geometry(
+  ChannelGeometry geometry = check_geometry(
       op, input, request.groups, {request.weight, request.bias, request.running_mean, request.running_var}, request.activation);
+  // What is both formats (one channel, or one position) torch's batch norm calls contiguous; its gradient and group norm do not.
+  if (request.groups == 0 && input.is_contiguous()) geometry.channels_last = false;
   check_parameter(op, "weight", request.weight, input, geometry.param_dtype);
   check_parameter(op, "bias", request.bias, input, geometry.param_dtype);
   if ((request.running_mean == nullptr) != (request.running_var == nullptr)) {
