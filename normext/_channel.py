@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import Proxy
 
 from normext import _library
 
@@ -14,6 +16,14 @@ _update = _library.Op.named("batch_norm_update_")
 # As numbered in csrc/core/types.h.
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "leaky_relu": 4}
 _FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (lambda z: z, F.relu, F.silu, F.gelu, F.leaky_relu)
+
+
+def traced_leaf(module: nn.Module, input: Any) -> Any:
+    """For symbolic tracing, in which torch's own modules are leaves: the call of the module, or None outside of it."""
+    if not isinstance(input, Proxy):
+        return None
+    tracer: Any = input.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})
 
 
 def activation_code(op: str, activation: str | None) -> int:

@@ -33,6 +33,7 @@ class _Tracer(fx.Tracer):
         self.opaque = opaque
         self.calls: dict[fx.Node, nn.Module] = {}
         self.read: set[int] = set()  # ids of tensors that code took from a module
+        self.complete = True  # False: what follows in the forward is not known
         self.failed: nn.Module | None = None  # the innermost module whose forward could not be traced
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -110,6 +111,7 @@ def _record(root: nn.Module, fixed: dict[str, Any], opaque: set[nn.Module], trac
             if tracer.failed is not None and tracer.failed not in opaque:
                 opaque.add(tracer.failed)
                 continue
+            tracer.complete = False
             traces.append(tracer)  # what it called before is known all the same
             raise
         traces.append(tracer)

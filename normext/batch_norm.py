@@ -288,6 +288,8 @@ def _check(
     eps: float,
 ) -> None:
     """What torch refuses and the ops do not look at, before anything is written."""
+    if not isinstance(momentum, float | int):
+        raise TypeError(f"batch_norm: expected momentum to be a number, got {momentum!r}")
     if training is not True and training is not False:
         raise TypeError(f"batch_norm: expected training to be a bool, got {training!r}")
     if _library.any_requires_grad(running_mean, running_var):
@@ -324,10 +326,12 @@ def _special(
         not _channel.accepts(input, weight, bias, running_mean, running_var)
         or (running_mean is None) != (running_var is None)
         or (not training and running_mean is None)
-        or (training and (_channel.one_value_per_channel(input) or eps <= 0))
+        or (training and _channel.one_value_per_channel(input))
+        or eps <= 0
     )
     if refused:
-        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        share = momentum if num_batches_tracked is None else 1 / float(num_batches_tracked)
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, share, eps)
         return _channel.activate(activation, y if residual is None else y + residual)
     if _library.transformed():
         return _transformed(
@@ -337,7 +341,7 @@ def _special(
     result: Tensor
     if _library.is_exporting():
         result, stats = _export.overload(input, residual, weight, bias, *given, eps, activation)
-        if training:
+        if training and input.numel() > 0:
             update_running_reference(stats[0] + stats[1], stats[3], running_mean, running_var, num_batches_tracked, momentum)
     elif _library.any_requires_grad(input, residual, weight, bias):
         result = _BatchNorm.apply(  # type: ignore[no-untyped-call]
@@ -381,15 +385,18 @@ class _TrackedForward(nn.Module):
     _dims: tuple[int, ...]
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        if input.dim() not in self._dims:
-            result: Tensor = super().forward(input)  # raises, in torch's words
+        result: Tensor | None = _channel.traced_leaf(self, input)
+        if result is not None:
             return result
+        if input.dim() not in self._dims:
+            refused: Tensor = super().forward(input)  # raises, in torch's words
+            return refused
         return module_forward(self, input)
 
 
 def module_forward(module: Any, input: Tensor) -> Tensor:
-    """A batch norm module's arguments to tracked_batch_norm(), as torch's modules choose them. The batch is counted after it was
-    accepted; with momentum None it must be counted before, for its share."""
+    """A batch norm module's arguments to tracked_batch_norm(), as torch's modules choose them. The batch is counted before the
+    call, as in torch, but not where it is refused for having one value per channel."""
     mean, var, batches = module.running_mean, module.running_var, module.num_batches_tracked
     training = module.training
     counted = training and module.track_running_stats and batches is not None

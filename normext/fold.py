@@ -207,7 +207,7 @@ def _pair(norm: Any, context: _Context) -> _Pair:
 
 
 def _layer(norm: Any, context: _Context) -> Any:
-    """The layer whose only use is to feed the norm, in each trace that calls either."""
+    """The layer whose only use is to feed the norm, in each trace that calls either. A trace that broke off proves nothing."""
     error = context.errors.get(norm)
     missing = f"called by code that cannot be traced ({error})" if error else "there is code that does not call it"
     indirect = "its input is not directly the output of a convolution or Linear"
@@ -218,6 +218,7 @@ def _layer(norm: Any, context: _Context) -> Any:
     layer = next((trace.calls.get(source) for source in node.all_input_nodes), None)
     if not isinstance(layer, LAYERS):
         raise _Unfoldable(indirect)
+    proven = False
     for trace in context.traces:
         made, used = ([node for node, called in trace.calls.items() if called is m] for m in (layer, norm))
         if not made and not used:
@@ -230,6 +231,9 @@ def _layer(norm: Any, context: _Context) -> Any:
             raise _Unfoldable(indirect)
         if list(made[0].users) != used:
             raise _Unfoldable("the layer's output is used elsewhere, too")
+        proven = proven or trace.complete
+    if not proven:
+        raise _Unfoldable(missing)
     return layer
 
 

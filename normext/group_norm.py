@@ -1,6 +1,7 @@
 """GroupNorm (Wu and He, 2018): y = (x - mean) / sqrt(var + eps) * weight + bias, with the statistics of a group of channels of one
 image and the affine per channel; fused with an activation. InstanceNorm has one channel per group."""
 
+import math
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ _export = Op.named("group_norm_export")
 def reference(input: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float, activation: int) -> Tensor:
     """In plain torch ops, for transforms and for derivatives of higher order. Centred twice: the second mean is the rounding
     of the first, so the error does not grow with the mean."""
-    x = input.to(_library.accumulate_dtype(input)).reshape(input.shape[0], num_groups, -1)
+    x = input.to(_library.accumulate_dtype(input))
+    x = x.reshape(input.shape[0], num_groups, input.shape[1] // num_groups * math.prod(input.shape[2:]))
     x = x - x.mean(-1, keepdim=True)
     x = x - x.mean(-1, keepdim=True)
     y = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
@@ -166,6 +168,8 @@ def group_norm(
     try:
         if input.is_cuda and _library.autocast_active(input):
             input, weight, bias = _library.autocast(input, weight, bias)
+        if type(num_groups) is bool:
+            raise TypeError(f"group_norm: expected num_groups to be an int, got {num_groups}")
         if (input.shape[0] == 1 and input.numel() == num_groups) or input.numel() == 0:
             _ask_torch(input, num_groups, weight, bias, eps)
         if is_grad_enabled() and _library.any_requires_grad(input, weight, bias):

@@ -67,7 +67,7 @@ def instance_norm(
         return result
     code = _channel.activation_code("instance_norm", activation) if activation is not None else 0
     try:
-        refused = _refused(input, running_mean, running_var, weight, bias, use_input_stats, momentum)
+        refused = _refused(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     except _library.REFUSALS:
         refused = True
     if refused:  # torch's answer, or its exception
@@ -101,6 +101,7 @@ def _refused(
     bias: Tensor | None,
     use_input_stats: bool,
     momentum: float,
+    eps: float,
 ) -> bool:
     return (
         (use_input_stats is not True and use_input_stats is not False)
@@ -111,7 +112,7 @@ def _refused(
         or input.numel() == 0
         or (running_mean is None) != (running_var is None)
         or (use_input_stats and input.numel() == input.shape[0] * input.shape[1])
-        or (not use_input_stats and running_mean is None)
+        or (not use_input_stats and (running_mean is None or eps <= 0))
     )
 
 
@@ -138,10 +139,13 @@ class _InstanceForward(nn.Module):
     _dims: int
 
     def forward(self: Any, input: Tensor) -> Tensor:
+        result: Tensor | None = _channel.traced_leaf(self, input)
+        if result is not None:
+            return result
         batched = input.dim() == self._dims
         if not (batched or input.dim() == self._dims - 1) or input.shape[1 if batched else 0] != self.num_features:
-            result: Tensor = super().forward(input)  # raises or warns, in torch's words
-            return result
+            theirs: Tensor = super().forward(input)  # raises or warns, in torch's words
+            return theirs
         output = instance_norm(
             input if batched else input.unsqueeze(0),
             self.running_mean,

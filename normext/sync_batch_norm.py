@@ -114,22 +114,23 @@ class _SyncBatchNorm(torch.autograd.Function):
         # An empty shard, too, takes the statistics of the others.
         update_running(gathered, stats, running_mean, running_var, num_batches_tracked, momentum)
         ctx.group = group
-        ctx.save_for_backward(input, stats, total, weight, bias)
+        ctx.save_for_backward(input, stats, total, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return cast(Tensor, _apply(input, None, stats, weight, bias, 0))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        input, stats, total, weight, bias = ctx.saved_tensors
+        input, stats, total, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        sums = _backward_sums(grad_output, input, stats, None, weight, bias, 0)
+        sums = _backward_sums(grad_output, input, stats, None, weight, None, 0)
         # Parameters take the sums of this rank: whoever averages gradients adds them up.
         grad_weight = sums[1].to(weight.dtype, copy=True) if needs_weight else None
-        grad_bias = sums[0].to(bias.dtype, copy=True) if needs_bias else None
+        grad_bias = sums[0].to(ctx.bias_dtype, copy=True) if needs_bias else None
         grad_input = None
         if needs_input:
             dist.all_reduce(sums, group=ctx.group)
-            grad_input = _backward_apply(grad_output, input, stats, None, weight, bias, sums, total, 0, 1)[0]
+            grad_input = _backward_apply(grad_output, input, stats, None, weight, None, sums, total, 0, 1)[0]
         return grad_input, grad_weight, grad_bias, None, None, None, None, None, None
 
 
@@ -148,6 +149,9 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        leaf = _channel.traced_leaf(self, input)
+        if leaf is not None:
+            return cast(Tensor, leaf)
         if input.dim() < 2 or input.shape[1] == 0:
             return super().forward(input)  # raises, in torch's words
         group = self.process_group if self.process_group else None

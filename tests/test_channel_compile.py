@@ -237,6 +237,17 @@ def test_symbolic_trace(device):
     assert torch.fx.symbolic_trace(nn.Sequential(normext.GroupNorm(2, 8)).to(device))(args[0]).shape == args[0].shape
 
 
+@pytest.mark.parametrize("name", ["BatchNorm1d", "InstanceNorm1d", "SyncBatchNorm"])
+def test_modules_are_leaves_of_a_symbolic_trace(name, device):
+    """As torch's own are: what they count and keep goes on to work in the traced program."""
+    model = nn.Sequential(nn.Linear(5, 5), getattr(normext, name)(4, track_running_stats=True)).to(device)
+    traced = torch.fx.symbolic_trace(model)
+    x = torch.randn(3, 4, 5, device=device)
+    assert traced(x).shape == x.shape
+    assert model[1].running_mean.any()
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 2
+
+
 def test_tensor_subclasses(device):
     """__torch_function__ is honoured: a subclass sees the call and keeps its type."""
     seen = []

@@ -222,3 +222,27 @@ def test_hooks_on_the_modules_around_a_pair():
     assert seen == []
     model(torch.randn(1, 3, 8, 8))
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("later", [lambda m, y, z: z + y, lambda m, y, z: z + m.conv(z), lambda m, y, z: m.norm(z)])
+def test_code_that_stops_tracing_after_the_pair(later):
+    """What follows is not known: it may use the layer's output, or either module, once more."""
+
+    class Stops(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            z = self.norm(y)
+            return later(self, y, z) if z.sum() * 0 == 0 else z
+
+    model = Stops().eval()
+    nn.init.uniform_(model.norm.running_mean)
+    x = torch.randn(2, 3, 4, 4)
+    expected = model(x)
+    report = fold_batch_norm(model)
+    assert not report.folded
+    assert "cannot be traced" in report.refused[0].reason
+    assert model(x).equal(expected)

@@ -35,6 +35,12 @@ std::int64_t padded(std::int64_t n) { return over(n, kMaxUnit) * kMaxUnit; }
 
 // The same values seen as one of the shapes that kernels know (channel_kernels.h).
 ChannelShape seen_by_kernels(ChannelShape shape) {
+  if (shape.batch_norm() && shape.channels == 1) {  // one line of values, whatever their places
+    shape.spatial *= shape.batch;
+    shape.batch = 1;
+    shape.layout = ChannelLayout::kPlanes;
+    return shape;
+  }
   if (shape.layout == ChannelLayout::kChannelsLast && shape.channels == 1) shape.layout = ChannelLayout::kPlanes;
   else if (shape.layout == ChannelLayout::kPlanes && shape.spatial == 1) shape.layout = ChannelLayout::kChannelsLast;
   if (shape.layout == ChannelLayout::kChannelsLast && shape.batch_norm()) {

@@ -28,18 +28,19 @@ __device__ __forceinline__ Counted<A> merge(const Counted<A>& a, const Counted<A
   return {{hi, merged - (hi - pivot), m2}, n};
 }
 
-// Merges moments as they arrive; no accumulator takes more than 16 in sequence (the last one from 4096 on).
+// Merges moments as they arrive; no accumulator takes more than 16 in sequence (the last one from 65536 on).
 template <class A>
 struct MergeSequence {
-  Counted<A> level[3];
+  Counted<A> level[4];
   unsigned count = 0;
 
   __device__ __forceinline__ void push(const Counted<A>& next) {
     level[0] = merge(level[0], next);
     if (++count % 16 == 0) fold(0);
     if (count % 256 == 0) fold(1);
+    if (count % 4096 == 0) fold(2);
   }
-  __device__ __forceinline__ Counted<A> all() const { return merge(level[2], merge(level[1], level[0])); }
+  __device__ __forceinline__ Counted<A> all() const { return merge(merge(level[3], level[2]), merge(level[1], level[0])); }
 
  private:
   __device__ __forceinline__ void fold(int l) {

@@ -1,5 +1,5 @@
-// How the channel norms cut their input into blocks. Plain C++. Everything here follows from the shape alone (of one image, for
-// group norm), never from the device: it fixes the order of every sum, and with it the bits of the result.
+// How the channel norms cut their input into blocks. Plain C++. Everything here but ResidentPlan, which changes no bit, follows
+// from the shape alone (of one image, for group norm): it fixes the order of every sum, and with it the bits of the result.
 #pragma once
 
 #include <algorithm>

@@ -9,7 +9,7 @@
 //   0
 //            writes the statistics. Without an output, channel_finalise_kernel does just that
 // Input is read twice, the second time from L2 where it fits. A lane reads all elements of a piece before it writes any, so output
-// may be input or residual. Chosen for every shape.
+// may be input or residual. Chosen where channel_resident.cuh is not.
 #pragma once
 
 #include "cuda/channel_entry.h"

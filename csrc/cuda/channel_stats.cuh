@@ -106,19 +106,20 @@ __global__ void __launch_bounds__(kGradColumns* kGradSlices, 1) grad_sums_kernel
     block_barrier();
     if (slice % (2 * width) == 0) table[threadIdx.x] = table[threadIdx.x] + table[threadIdx.x + width * kGradColumns];
   }
-  launch_dependents();
-  if (slice != 0 || !exists) return;
+  if (slice != 0 || !exists) return launch_dependents();
   const A sum = table[threadIdx.x];
   if (params.grad[which] != nullptr) store_any(params.param_dtype, params.grad[which], channel, sum);
   if (params.sums != nullptr) params.sums[which * channels + channel] = sum;
-  if (params.means == nullptr || !params.shape.batch_norm()) return;
+  if (params.means == nullptr || !params.shape.batch_norm()) return launch_dependents();
   const A n =
       params.count != nullptr ? static_cast<A>(*static_cast<const Count*>(params.count)) : static_cast<A>(params.shape.slab_size());
   const A weight = params.weight != nullptr ? load_any<A>(params.param_dtype, params.weight, channel) : A(1);
+  launch_dependents();
   params.means[which * channels + channel] = weight * sum / n;
 }
 
 constexpr int kMeansWarps = 4;
+constexpr int kMeansLevels = 6;  // up to 2^35 partial sums in a group
 
 template <class A>
 __global__ void __launch_bounds__(kMeansWarps * 32, 1) slab_means_kernel(const __grid_constant__ GradSumsParams<A> params) {
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kMeansWarps * 32, 1) slab_means_kernel(const _
   dependency_wait();
   for (int which = 0; which < 2; ++which) {
     const A* partials = params.partials + (which * shape.batch + image) * params.runs * shape.channels;
-    const A sum = warp_pairwise<kSplitLevels, A>(terms, [&](std::int64_t e) {
+    const A sum = warp_pairwise<kMeansLevels, A>(terms, [&](std::int64_t e) {
       const std::int64_t run = e / each;
       const std::int64_t channel = first_channel + e - run * each;
       const A weight = params.weight != nullptr ? load_any<A>(params.param_dtype, params.weight, channel) : A(1);

@@ -63,6 +63,10 @@ __global__ void cluster_probe() {}
 // The largest cluster of blocks that take a multiprocessor each: 16 on data-centre parts, less on others and on slices of one
 // (MIG). Only the driver knows; where it does not say, the portable size holds.
 inline int query_max_cluster(int device, int smem_per_block) {
+  // Code for an older architecture that the driver translated knows no clusters (intrinsics.cuh), whatever the device can do.
+  cudaFuncAttributes code;
+  check_cuda(cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(&cluster_probe<>)), "cudaFuncGetAttributes");
+  if (code.ptxVersion < 90) return 1;
   int current = device;
   check_cuda(cudaGetDevice(&current), "cudaGetDevice");
   if (current != device) check_cuda(cudaSetDevice(device), "cudaSetDevice");
@@ -99,6 +103,13 @@ inline const DeviceLimits& device_limits(int device) {
   limits.arch = attribute(cudaDevAttrComputeCapabilityMajor) * 10 + attribute(cudaDevAttrComputeCapabilityMinor);
   limits.max_cluster = attribute(cudaDevAttrClusterLaunch) != 0 ? query_max_cluster(device, limits.smem_per_block) : 1;
   return cache.emplace(device, limits).first->second;
+}
+
+// Whether the kernels that run on the current device contain the wait that a dependent launch needs: code for sm_90 and later.
+inline bool knows_dependent_launch() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  return device_limits(device).max_cluster > 1;
 }
 
 // Shared memory above 48 KB and clusters above 8 blocks are opt-ins of the kernel, once per device.
@@ -141,7 +152,7 @@ void launch(void (*kernel)(P...), const LaunchShape& shape, void* stream, const 
     attributes[count].val.clusterDim.y = 1;
     attributes[count++].val.clusterDim.z = 1;
   }
-  if (shape.dependent) {
+  if (shape.dependent && knows_dependent_launch()) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }

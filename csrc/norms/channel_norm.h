@@ -31,7 +31,8 @@ struct ChannelNorm {
   // The statistics of evaluation mode.
   template <class A>
   NORMEXT_INLINE static Slab<A> from_running(A mean, A variance, A eps) {
-    return {mean, A(0), reciprocal_sqrt(variance + eps)};
+    const A rstd = reciprocal_sqrt(variance + eps), most = A(3.4e38f);
+    return {mean, A(0), rstd > most ? most : rstd};  // infinity would turn the 0 beside the mean into NaN
   }
   template <class A>
   NORMEXT_INLINE static A running(A old, A found, A momentum) {

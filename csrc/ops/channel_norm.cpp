@@ -247,7 +247,8 @@ MergeResult merge_moments(const char* op, const Tensor& gathered, double eps) {
   args.stats = result.stats.mutable_data();
   args.count = static_cast<double*>(result.count.mutable_data());
   args.eps = eps;
-  launch(args, gathered.device());
+  if (args.channels == 0) fill_zero(result.count);
+  else launch(args, gathered.device());
   return result;
 }
 
@@ -265,8 +266,9 @@ void update_running(const char* op, const Tensor& stats, const Tensor& running_m
   args.dtype = wide ? DType::kFloat64 : DType::kFloat32;
   check_device(op, "running_mean", running_mean, stats);
   check_device(op, "running_var", running_var, stats);
-  if (!from_torch_dtype(running_mean.dtype_number(), &args.running_dtype) || !running_var.has_dtype(args.running_dtype)) {
-    refuse_argument(op, "running statistics of one dtype: float32, float16, bfloat16 or float64",
+  if (!from_torch_dtype(running_mean.dtype_number(), &args.running_dtype) || !running_var.has_dtype(args.running_dtype) ||
+      (args.running_dtype == DType::kFloat64) != wide) {
+    refuse_argument(op, "running statistics of one dtype: float32, float16 or bfloat16, float64 with float64 stats",
                     running_mean.dtype_text() + " and " + running_var.dtype_text());
   }
   if (running_mean.ndim() != 1 || !running_mean.same_shape(running_var)) {
