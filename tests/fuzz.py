@@ -155,7 +155,7 @@ def raw(rounds, seed):
                     with torch.no_grad():
                         raw_ops.op(name)(*args)
                     computed += 1
-                except (*ORDINARY, OverflowError, AttributeError):
+                except (*ORDINARY, OverflowError, AttributeError, MemoryError):  # statistics of 2^31 groups of no channels
                     refused += 1
                 for buffer, guard, count in kept:
                     assert (buffer[:guard] == 12345.0).all() and (buffer[guard + count :] == 12345.0).all(), name
