@@ -49,6 +49,8 @@ struct MergeSequence {
   }
 };
 
+constexpr int kImageLevels = 30;  // up to 2^30 images, or runs of images, in a sum
+
 // By value: a reference to either would put both into local memory.
 template <class A>
 __device__ __forceinline__ Counted<A> select(bool first, const Counted<A>& a, const Counted<A>& b) {

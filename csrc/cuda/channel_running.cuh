@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kRunningThreads, 1) update_running_kernel(cons
   const W rate = static_cast<W>(args.batches != nullptr ? A(1) / static_cast<A>(*args.batches) : momentum);
   const auto update = [&](void* running, auto found) {
     if (running == nullptr) return;
-    PairwiseSum<A, kGradLevels> pairs;
+    PairwiseSum<A, kImageLevels> pairs;
     const std::int64_t padded = power_of_two_at_least(args.images);
     for (std::int64_t i = 0; i < padded; ++i) pairs.push(i < args.images ? found(i * args.channels + channel) : A(0));
     R* p = static_cast<R*>(running) + channel;

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kGradColumns* kGradSlices, 1) grad_sums_kernel
   dependency_wait();
   const std::int64_t padded = power_of_two_at_least(entries);
   const std::int64_t run = padded > kGradSlices ? padded / kGradSlices : 1;
-  PairwiseSum<A, kGradLevels> pairs;
+  PairwiseSum<A, kImageLevels> pairs;
   for (std::int64_t e = slice * run; e < (slice + 1) * run; ++e) {
     pairs.push(exists && e < entries ? partials[e * channels + channel] : A(0));
   }

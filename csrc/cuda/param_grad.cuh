@@ -9,7 +9,7 @@ namespace normext::cuda {
 
 constexpr int kGradColumns = 32;
 constexpr int kGradSlices = 16;
-constexpr int kGradLevels = 30;  // partials up to 2^30 per slice
+constexpr int kGradLevels = 24;  // partials up to 2^24 per slice
 
 // Adds values pairwise in index order as they arrive. push() a power of two of them, at most 2^kLevels; sum() is then their sum.
 template <class A, int kLevels>
