@@ -61,6 +61,16 @@ def one_value_per_channel(input: Tensor) -> bool:
     return input.numel() == input.shape[1] and input.shape[0] * math.prod(input.shape[2:]) == 1
 
 
+def copies(*running: Any) -> tuple[Any, ...]:
+    """Running statistics for a call of torch's that must not write ours."""
+    return tuple(r.clone() if isinstance(r, Tensor) else r for r in running)
+
+
+def share_of_batch(momentum: float, num_batches_tracked: Tensor | None) -> float:
+    """As a number, for torch's functions."""
+    return momentum if num_batches_tracked is None else 1 / float(num_batches_tracked)
+
+
 def check_fake(
     op: str, input: Tensor, groups: int, parameters: tuple[Tensor | None, ...], like_input: tuple[Tensor | None, ...]
 ) -> None:
@@ -68,16 +78,7 @@ def check_fake(
         raise RuntimeError(f"{op}: expected input of at least 2 dimensions, got {list(input.shape)}")
     if groups < 0 or (groups > 0 and input.shape[1] % groups != 0):
         raise RuntimeError(f"{op}: expected num_groups that divide {input.shape[1]} channels, got {groups}")
-    expected = [(tensor, input.shape[1:2]) for tensor in parameters] + [(tensor, input.shape) for tensor in like_input]
-    for tensor, shape in expected:
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise RuntimeError(f"{op}: expected a tensor of shape {list(shape)}, got {list(tensor.shape)}")
-        if tensor.device != input.device:
-            raise RuntimeError(f"{op}: expected all tensors on {input.device} like input, got {tensor.device}")
-    if not _library.accepts_dtypes(input, *parameters):
-        raise RuntimeError(f"{op}: expected parameters of input's dtype {input.dtype}, or float32 with 16-bit input")
+    _library.check_fake_shapes(op, input, input.shape[1:2], parameters, like_input)
 
 
 def output_like(input: Tensor) -> Tensor:

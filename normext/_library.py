@@ -328,7 +328,14 @@ def check_fake(
     if not 1 <= normalized_ndim <= input.dim():
         raise RuntimeError(f"{op}: expected 1 to input.dim() normalized dimensions, got {normalized_ndim}")
     normalized_shape = input.shape[input.dim() - normalized_ndim :]
-    expected = [(tensor, normalized_shape) for tensor in parameters] + [(tensor, input.shape) for tensor in like_input]
+    check_fake_shapes(op, input, normalized_shape, parameters, like_input)
+
+
+def check_fake_shapes(
+    op: str, input: Tensor, shape: Sequence[int], parameters: Sequence[Tensor | None], like_input: Sequence[Tensor | None]
+) -> None:
+    """Parameters have this shape, the others the input's; all are on its device, and of dtypes that the kernels take."""
+    expected = [(tensor, shape) for tensor in parameters] + [(tensor, input.shape) for tensor in like_input]
     for tensor, shape in expected:
         if tensor is None:
             continue

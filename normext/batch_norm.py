@@ -272,7 +272,7 @@ def tracked_batch_norm(
         else:
             result = _inference.direct(input, residual, weight, bias, running_mean, running_var, eps, code)
     except _library.REFUSALS as error:
-        running = (r.clone() if isinstance(r, Tensor) else r for r in (running_mean, running_var))
+        running = _channel.copies(running_mean, running_var)
         raise _library.torchs_error(error, F.batch_norm, input, *running, weight, bias, training, momentum, eps) from None
     return result
 
@@ -302,7 +302,7 @@ def _check(
     elif running_mean is None or running_var is None:
         raise RuntimeError("batch_norm: expected running_mean and running_var in evaluation")
     if eps <= 0:  # refused by some versions of torch
-        running = (r.clone() if isinstance(r, Tensor) else r for r in (running_mean, running_var))
+        running = _channel.copies(running_mean, running_var)
         theirs = _library.what_torch_raises(F.batch_norm, input, *running, weight, bias, training, momentum, eps)
         if theirs is not None:
             raise theirs
@@ -330,7 +330,7 @@ def _special(
         or eps <= 0
     )
     if refused:
-        share = momentum if num_batches_tracked is None else 1 / float(num_batches_tracked)
+        share = _channel.share_of_batch(momentum, num_batches_tracked)
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, share, eps)
         return _channel.activate(activation, y if residual is None else y + residual)
     if _library.transformed():
@@ -374,7 +374,7 @@ def _transformed(
     if running_mean is not None and running_var is not None and input.numel() > 0:
         x = input.detach().to(_library.accumulate_dtype(input))
         dims = (0, *range(2, input.dim()))
-        share = momentum if num_batches_tracked is None else 1 / float(num_batches_tracked)
+        share = _channel.share_of_batch(momentum, num_batches_tracked)
         update_running_transformed(x.mean(dims), x.var(dims, unbiased=True), running_mean, running_var, share)
     return reference(input, residual, weight, bias, None, None, eps, activation)
 

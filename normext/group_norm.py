@@ -226,7 +226,7 @@ def eager(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float, activation: int
 ) -> tuple[Tensor, Tensor]:
     """The output and the statistics."""
-    if is_grad_enabled() and _library.any_requires_grad(input, weight, bias):
+    if _library.any_requires_grad(input, weight, bias):
         found = _apply(input, weight, bias, num_groups, eps, activation)
     else:
         found = _forward.direct(input, weight, bias, num_groups, eps, activation)

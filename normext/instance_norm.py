@@ -88,7 +88,7 @@ def instance_norm(
         else:
             update_running(x, stats, running_mean, running_var, None, momentum)
     except _library.REFUSALS as error:
-        running = (r.clone() if isinstance(r, Tensor) else r for r in (running_mean, running_var))
+        running = _channel.copies(running_mean, running_var)
         raise _library.torchs_error(error, F.instance_norm, input, *running, weight, bias, True, momentum, eps) from None
     return output
 

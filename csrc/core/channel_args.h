@@ -30,11 +30,18 @@ struct ChannelShape {
   NORMEXT_HOST_DEVICE constexpr std::int64_t slab_size() const {
     return batch_norm() ? batch * spatial : group_channels() * spatial;
   }
-  NORMEXT_HOST_DEVICE constexpr std::int64_t slab(std::int64_t image, std::int64_t channel) const {
-    return batch_norm() ? channel : image * groups + channel / group_channels();
-  }
   NORMEXT_HOST_DEVICE constexpr std::int64_t elements() const { return batch * channels * spatial; }
 };
+
+// The layout kernels use where memory is the same in both: lanes go along what is longer than one.
+constexpr ChannelShape canonical(ChannelShape shape) {
+  if (shape.channels == 1) {
+    shape.layout = ChannelLayout::kPlanes;
+  } else if (shape.spatial == 1) {
+    shape.layout = ChannelLayout::kChannelsLast;
+  }
+  return shape;
+}
 
 // Planes of the statistics of a slab, each [slabs] in the accumulate dtype: the mean, its rounding error, rstd, and the unbiased
 // variance, which running statistics take. It is kNoValues where SyncBatchNorm found all ranks empty; the others are then 0.

@@ -41,8 +41,7 @@ ChannelShape seen_by_kernels(ChannelShape shape) {
     shape.layout = ChannelLayout::kPlanes;
     return shape;
   }
-  if (shape.layout == ChannelLayout::kChannelsLast && shape.channels == 1) shape.layout = ChannelLayout::kPlanes;
-  else if (shape.layout == ChannelLayout::kPlanes && shape.spatial == 1) shape.layout = ChannelLayout::kChannelsLast;
+  shape = canonical(shape);
   if (shape.layout == ChannelLayout::kChannelsLast && shape.batch_norm()) {
     shape.spatial *= shape.batch;
     shape.batch = 1;

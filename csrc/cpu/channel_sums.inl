@@ -99,22 +99,6 @@ NORMEXT_INLINE T* at(T* data, std::int64_t offset) {
   return data == nullptr ? nullptr : data + offset;
 }
 
-// The switch stands outside the loop over values, so that the values of each case overlap.
-template <class Body>
-NORMEXT_INLINE void switch_activation(Activation activation, Body body) {
-  switch (activation) {
-    case Activation::kRelu:
-      return body(std::integral_constant<Activation, Activation::kRelu>());
-    case Activation::kSilu:
-      return body(std::integral_constant<Activation, Activation::kSilu>());
-    case Activation::kGelu:
-      return body(std::integral_constant<Activation, Activation::kGelu>());
-    case Activation::kLeakyRelu:
-      return body(std::integral_constant<Activation, Activation::kLeakyRelu>());
-    case Activation::kNone:
-      return;
-  }
-}
 template <class A, int kCount>
 NORMEXT_INLINE void activate_all(Activation activation, Pair<A> (&z)[kCount]) {
   switch_activation(activation, [&](auto which) __attribute__((always_inline)) {

@@ -25,7 +25,6 @@ struct LastForwardParams {
   ChannelForwardArgs args;
   LastPlan plan;
   A* partials;         // [slabs][3][runs * group_channels]
-  A* stats;            // [4][slabs]: args.stats, or in the workspace
   bool input_aligned;  // input and residual
   bool output_aligned;
   bool wide;  // weight and bias are float32 while T is a 16-bit type
@@ -171,7 +170,7 @@ __global__ void __launch_bounds__(kLastThreads, 1)
   A weight[V], bias[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    stats[i] = load_stats<A>(params.stats, plan.images * plan.groups, plan.slab(lane.image, lane.channel + i));
+    stats[i] = load_stats<A>(static_cast<const A*>(args.stats), plan.images * plan.groups, plan.slab(lane.image, lane.channel + i));
     weight[i] = load_parameter<T>(args.weight, params.wide, lane.channel + i, 1.0f);
     bias[i] = load_parameter<T>(args.bias, params.wide, lane.channel + i, 0.0f);
   }
@@ -206,8 +205,6 @@ void last_forward_typed(const ChannelForwardArgs& args, void* workspace, void* s
   params.plan = last_plan(args.shape, sizeof(T));
   const LastPlan& plan = params.plan;
   params.partials = static_cast<A*>(workspace);
-  params.stats = static_cast<A*>(args.stats);
-  if (params.stats == nullptr && args.output != nullptr) params.stats = params.partials + plan.slabs() * 3 * plan.entries();
   params.input_aligned = all_aligned(plan.vector, args.dtype, args.input, args.residual);
   params.output_aligned = all_aligned(plan.vector, args.dtype, args.output);
   params.wide = args.param_dtype != args.dtype;
@@ -218,7 +215,7 @@ void last_forward_typed(const ChannelForwardArgs& args, void* workspace, void* s
       launch_channel(last_moments_kernel<T, V>, plan.blocks(), plan.threads(), table, stream, params);
       FinaliseParams<A> finalise{};
       finalise.partials = params.partials;
-      finalise.stats = params.stats;
+      finalise.stats = static_cast<A*>(args.stats);
       finalise.moments = static_cast<A*>(args.moments);
       finalise.slabs = plan.slabs();
       finalise.slab_size = args.shape.slab_size();

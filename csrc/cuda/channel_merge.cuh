@@ -133,43 +133,19 @@ __device__ __forceinline__ Accumulate<T> load_parameter(const void* p, bool wide
 // y = activation(z), one branch for all values.
 template <class A, int N>
 __device__ __forceinline__ void activate_all(Activation activation, A (&z)[N]) {
-  const auto each = [&](Activation constant) {
+  switch_activation(activation, [&](auto which) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) z[i] = activate<A>(constant, z[i]);
-  };
-  switch (activation) {
-    case Activation::kRelu:
-      return each(Activation::kRelu);
-    case Activation::kSilu:
-      return each(Activation::kSilu);
-    case Activation::kGelu:
-      return each(Activation::kGelu);
-    case Activation::kLeakyRelu:
-      return each(Activation::kLeakyRelu);
-    case Activation::kNone:
-      break;
-  }
+    for (int i = 0; i < N; ++i) z[i] = activate<A>(which.value, z[i]);
+  });
 }
 
 // dz from dy, in place, the same way.
 template <class A, int N>
 __device__ __forceinline__ void activation_gradients(Activation activation, const A (&z)[N], A (&dz)[N]) {
-  const auto each = [&](Activation constant) {
+  switch_activation(activation, [&](auto which) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) dz[i] = activation_gradient<A>(constant, z[i], dz[i]);
-  };
-  switch (activation) {
-    case Activation::kRelu:
-      return each(Activation::kRelu);
-    case Activation::kSilu:
-      return each(Activation::kSilu);
-    case Activation::kGelu:
-      return each(Activation::kGelu);
-    case Activation::kLeakyRelu:
-      return each(Activation::kLeakyRelu);
-    case Activation::kNone:
-      break;
-  }
+    for (int i = 0; i < N; ++i) dz[i] = activation_gradient<A>(which.value, z[i], dz[i]);
+  });
 }
 
 }  // namespace normext::cuda

@@ -6,19 +6,6 @@
 #include "cuda/channel_plan.h"
 
 namespace normext::cuda {
-namespace {
-
-// Planes of one element are rows of channels, and rows of one channel are planes.
-ChannelShape canonical(ChannelShape shape) {
-  if (shape.channels == 1) {
-    shape.layout = ChannelLayout::kPlanes;
-  } else if (shape.spatial == 1) {
-    shape.layout = ChannelLayout::kChannelsLast;
-  }
-  return shape;
-}
-
-}  // namespace
 
 std::size_t channel_forward_workspace(const ChannelForwardArgs& args, int device) {
   ChannelForwardArgs canonical_args = args;
@@ -26,9 +13,7 @@ std::size_t channel_forward_workspace(const ChannelForwardArgs& args, int device
   if (canonical_args.shape.layout == ChannelLayout::kPlanes) return planes_forward_workspace(canonical_args, device);
   if (args.given_stats) return 0;
   const LastPlan plan = last_plan(canonical_args.shape, static_cast<int>(size_of(args.dtype)));
-  const bool own_stats = args.stats == nullptr && args.output != nullptr;
-  return static_cast<std::size_t>(plan.slabs() * (3 * plan.entries() + (own_stats ? kChannelStats : 0))) *
-         accumulate_size_of(args.dtype);
+  return static_cast<std::size_t>(plan.slabs() * 3 * plan.entries()) * accumulate_size_of(args.dtype);
 }
 
 void channel_forward(const ChannelForwardArgs& args, void* workspace, int device, void* stream) {

@@ -8,6 +8,8 @@
 // In float, e^x and Phi are the polynomials below on every back end, so that they vectorise and agree; in double, libm's.
 #pragma once
 
+#include <type_traits>
+
 #include "core/math.h"
 #include "core/types.h"
 
@@ -60,6 +62,24 @@ NORMEXT_INLINE Normal<V> normal(V z) {
     q = fma<V>(q, t, V{} + 0.22562817f);
     const V tail = t * q * e * 0.5f;
     return {e * static_cast<float>(kDensity), z < V{} ? tail : 1.0f - tail};
+  }
+}
+
+// body(std::integral_constant<Activation, ...>) for an activation other than none: the switch then stands outside the loop over
+// values, whose steps overlap.
+template <class Body>
+NORMEXT_INLINE void switch_activation(Activation activation, Body body) {
+  switch (activation) {
+    case Activation::kRelu:
+      return body(std::integral_constant<Activation, Activation::kRelu>());
+    case Activation::kSilu:
+      return body(std::integral_constant<Activation, Activation::kSilu>());
+    case Activation::kGelu:
+      return body(std::integral_constant<Activation, Activation::kGelu>());
+    case Activation::kLeakyRelu:
+      return body(std::integral_constant<Activation, Activation::kLeakyRelu>());
+    case Activation::kNone:
+      return;
   }
 }
 

@@ -41,9 +41,7 @@ ChannelGeometry check_geometry(const char* op, const Tensor& input, std::int64_t
   }
   shape.groups = groups;
   geometry.channels_last = is_channels_last(input);
-  // With one value per channel and image both layouts are the same, and lanes are better spent on channels.
-  const bool lanes_on_channels = shape.spatial == 1 || (geometry.channels_last && shape.channels > 1);
-  shape.layout = lanes_on_channels ? ChannelLayout::kChannelsLast : ChannelLayout::kPlanes;
+  shape.layout = geometry.channels_last ? ChannelLayout::kChannelsLast : ChannelLayout::kPlanes;
 
   geometry.param_dtype = geometry.dtype;
   for (const Tensor* parameter : parameters) {

@@ -29,11 +29,14 @@ struct Problem {
            (residual ? " residual" : "") + (weight ? " w" : "") + (bias ? " b" : "") + " mean " + std::to_string(mean) + " shift " +
            std::to_string(shift);
   }
+  std::int64_t slab(std::int64_t n, std::int64_t c) const {
+    return shape.batch_norm() ? c : n * shape.groups + c / shape.group_channels();
+  }
   template <class F>
   void each(F f) const {  // f(element, channel, slab)
     for (std::int64_t n = 0; n < shape.batch; ++n)
       for (std::int64_t c = 0; c < shape.channels; ++c)
-        for (std::int64_t s = 0; s < shape.spatial; ++s) f(at(n, c, s), c, shape.slab(n, c));
+        for (std::int64_t s = 0; s < shape.spatial; ++s) f(at(n, c, s), c, slab(n, c));
   }
 };
 
