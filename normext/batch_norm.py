@@ -15,6 +15,7 @@ from normext._library import Op, is_dynamo_compiling, is_grad_enabled, special
 _lean = Op.named("batch_norm").direct
 _inference = Op.named("batch_norm_inference")
 _forward = Op.named("batch_norm_forward")
+_train = Op.named("batch_norm_train_").direct
 _backward = Op.named("batch_norm_backward")
 _export = Op.named("batch_norm_export")
 
@@ -44,10 +45,6 @@ def reference(
     if residual is not None:
         y = y + residual
     return _channel.activate(activation, y).to(input.dtype)
-
-
-def _running_rstd(running_mean: Tensor, running_var: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return running_mean.to(dtype), torch.rsqrt(running_var.to(dtype) + eps)
 
 
 def _fake(
@@ -84,6 +81,7 @@ _library.register_fakes(
     batch_norm=lambda x, w, b, mean, var, eps: _fake(x, None, w, b, mean, var)[0],
     batch_norm_inference=lambda x, r, w, b, mean, var, eps, activation: _fake(x, r, w, b, mean, var)[0],
     batch_norm_forward=lambda x, r, w, b, mean, var, eps, activation: _fake(x, r, w, b, mean, var),
+    batch_norm_train_=lambda x, r, w, b, mean, var, batches, momentum, eps, activation: _fake(x, r, w, b, mean, var),
     batch_norm_backward=_fake_backward,
     batch_norm_export=lambda x, r, w, b, mean, var, eps, activation: _fake(x, r, w, b, mean, var),
 )
@@ -94,6 +92,27 @@ def _needed_later(
 ) -> tuple[Tensor | None, ...]:
     """What the backward reads: without an activation no residual, and a bias only for its dtype where there is no weight."""
     return residual if activation else None, weight, bias if activation or weight is None else None
+
+
+def _graph_forward(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: int,
+) -> tuple[Tensor, Tensor]:
+    """batch_norm_train_ for graphs: the ops that write are apart from those that compute."""
+    given = (None, None) if training else (running_mean, running_var)
+    output, stats = _forward.overload(input, residual, weight, bias, *given, eps, activation)
+    if training:
+        update_running(input, stats, running_mean, running_var, num_batches_tracked, momentum)
+    return output, stats
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -115,11 +134,17 @@ class _BatchNorm(torch.autograd.Function):
         activation: int,
     ) -> Tensor:
         ctx.arguments = batch_stats, eps, activation
-        forward = _forward.overload if is_dynamo_compiling() else _forward.direct
-        given = (None, None) if batch_stats else (running_mean, running_var)
-        output, stats = forward(input, residual, weight, bias, *given, eps, activation)
-        if batch_stats:
-            update_running(input, stats, running_mean, running_var, num_batches_tracked, momentum)
+        if is_dynamo_compiling():
+            output, stats = _graph_forward(
+                *(input, residual, weight, bias, running_mean, running_var, num_batches_tracked),
+                *(batch_stats, momentum, eps, activation),
+            )
+        elif batch_stats:
+            output, stats = _train(
+                *(input, residual, weight, bias, running_mean, running_var, num_batches_tracked), momentum, eps, activation
+            )
+        else:
+            output, stats = _forward.direct(input, residual, weight, bias, running_mean, running_var, eps, activation)
         ctx.save_for_backward(input, stats, *_needed_later(residual, weight, bias, activation))
         result: Tensor = output
         return result
@@ -265,8 +290,9 @@ def tracked_batch_norm(
             if running_mean is None and running_var is None:
                 result = _inference.direct(input, residual, weight, bias, None, None, eps, code)
             else:
-                result, stats = _forward.direct(input, residual, weight, bias, None, None, eps, code)
-                update_running(input, stats, running_mean, running_var, num_batches_tracked, momentum)
+                result = _train(
+                    *(input, residual, weight, bias, running_mean, running_var, num_batches_tracked), momentum, eps, code
+                )[0]
         elif weight is not None and bias is not None and residual is None and code == 0:
             result = _lean(input, weight, bias, running_mean, running_var, eps)
         else:
@@ -297,8 +323,6 @@ def _check(
     if training:
         if _channel.one_value_per_channel(input):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
-        if (running_mean is None) != (running_var is None) or not _channel.accepts(input, weight, bias, running_mean, running_var):
-            raise RuntimeError("batch_norm: expected matching running statistics")
     elif running_mean is None or running_var is None:
         raise RuntimeError("batch_norm: expected running_mean and running_var in evaluation")
     if eps <= 0:  # refused by some versions of torch
@@ -334,9 +358,15 @@ def _special(
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, share, eps)
         return _channel.activate(activation, y if residual is None else y + residual)
     if _library.transformed():
-        return _transformed(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation, num_batches_tracked
-        )
+        dtype = _library.accumulate_dtype(input)
+        fixed: tuple[Tensor | None, Tensor | None] = None, None
+        if training and running_mean is not None and running_var is not None and input.numel() > 0:
+            x, dims = input.detach().to(dtype), (0, *range(2, input.dim()))
+            share = _channel.share_of_batch(momentum, num_batches_tracked)
+            update_running_transformed(x.mean(dims), x.var(dims, unbiased=True), running_mean, running_var, share)
+        elif not training and running_mean is not None and running_var is not None:
+            fixed = running_mean.to(dtype), torch.rsqrt(running_var.to(dtype) + eps)
+        return reference(input, residual, weight, bias, *fixed, eps, activation)
     given = (None, None) if training else (running_mean, running_var)
     result: Tensor
     if _library.is_exporting():
@@ -349,34 +379,11 @@ def _special(
             *(bool(training), momentum, eps, activation),
         )
     else:
-        result, stats = _forward.overload(input, residual, weight, bias, *given, eps, activation)
-        if training:
-            update_running(input, stats, running_mean, running_var, num_batches_tracked, momentum)
+        result = _graph_forward(
+            *(input, residual, weight, bias, running_mean, running_var, num_batches_tracked),
+            *(training, momentum, eps, activation),
+        )[0]
     return result
-
-
-def _transformed(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    residual: Tensor | None,
-    activation: int,
-    num_batches_tracked: Tensor | None,
-) -> Tensor:
-    if not training and running_mean is not None and running_var is not None:
-        fixed = _running_rstd(running_mean, running_var, eps, _library.accumulate_dtype(input))
-        return reference(input, residual, weight, bias, *fixed, eps, activation)
-    if running_mean is not None and running_var is not None and input.numel() > 0:
-        x = input.detach().to(_library.accumulate_dtype(input))
-        dims = (0, *range(2, input.dim()))
-        share = _channel.share_of_batch(momentum, num_batches_tracked)
-        update_running_transformed(x.mean(dims), x.var(dims, unbiased=True), running_mean, running_var, share)
-    return reference(input, residual, weight, bias, None, None, eps, activation)
 
 
 class _TrackedForward(nn.Module):

@@ -350,12 +350,12 @@ MUTANTS = (
     Mutant(
         "momentum of the other convention",
         CHANNEL,
-        "fma<A>(momentum, found, (A(1) - momentum) * old)",
-        "fma<A>(A(1) - momentum, found, momentum * old)",
+        "fma<V>(momentum, found, (1.0f - momentum) * old)",
+        "fma<V>(1.0f - momentum, found, momentum * old)",
         "avx2",
         RUNNING,
     ),
-    Mutant("batches not counted", "csrc/cpu/channel_norm.cpp", "args.batches == nullptr ?", "true ?", "avx2", RUNNING),
+    Mutant("batches not counted", "csrc/cpu/channel_running.inl", "args.batches == nullptr ?", "true ?", "avx2", RUNNING),
     Mutant(
         "empty batch teaches running statistics",
         "normext/_channel.py",
@@ -375,7 +375,7 @@ MUTANTS = (
     Mutant(
         "derivative of silu without its second term",
         "csrc/norms/activation.h",
-        "fma<V>(z, e * s, V{} + 1.0f)",
+        "fma<V>(z, l.e * l.s, V{} + 1.0f)",
         "(V{} + 1.0f)",
         "emulated",
         CHANNEL_ACCURACY,

@@ -87,6 +87,11 @@ def channel_arguments(x, dy, residual, params):
             *((dy, x, stats, None, None, None, 1, activation, 15) for activation in range(5)),
         ],
         "batch_norm_export": [(x, residual, weight, bias, None, None, eps, silu), (x, None, weight, bias, mean, var, eps, 0)],
+        "batch_norm_train_": [
+            (x, residual, weight, bias, mean.clone(), var.clone(), batches, momentum, eps, silu),
+            (x, None, None, bias, mean.clone(), var.clone(), None, momentum, eps, 0),
+            (x, residual, weight, None, None, None, None, momentum, eps, 1),
+        ],
         "batch_norm_update_": [
             (stats, mean.clone(), var.clone(), None, momentum),
             (uniform(4, 3 * channels, dtype=wide), mean.clone(), var.clone(), batches, momentum),

@@ -170,6 +170,9 @@ def test_wrong_counts_of_batches_are_refused(device):
         wrong = wrong.to(device) if wrong.dtype == torch.int32 else wrong.to(device, torch.int64)
         with pytest.raises(RuntimeError, match="num_batches_tracked"):
             raw_ops.op("batch_norm_update_")(*args[:3], wrong, args[4])
+    args = raw_ops.arguments(device=device)["batch_norm_train_"][0]
+    with pytest.raises(RuntimeError, match="num_batches_tracked"):
+        raw_ops.op("batch_norm_train_")(*args[:6], torch.ones(2, device=device, dtype=torch.int64), *args[7:])
 
 
 def test_bad_numbers_are_refused(device):
@@ -186,7 +189,7 @@ def test_bad_numbers_are_refused(device):
         for needs in (-1, 8, 16):
             with pytest.raises(RuntimeError, match="needs"):
                 raw_ops.op(name)(*args, needs)
-    for name in ("batch_norm_inference", "batch_norm_forward", "group_norm_inference", "batch_norm_apply"):
+    for name in ("batch_norm_inference", "batch_norm_forward", "batch_norm_train_", "group_norm_inference", "batch_norm_apply"):
         for activation in (-1, 5, 2**40):
             with pytest.raises(RuntimeError, match="activation"):
                 raw_ops.op(name)(*table[name][0][:-1], activation)

@@ -31,6 +31,7 @@ struct Math<float> {
   using Scalar = float;
   static constexpr bool kDouble = false;
   NORMEXT_INLINE static float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+  NORMEXT_INLINE static float reciprocal(float a) { return 1.0f / a; }
   NORMEXT_INLINE static float sqrt(float a) { return ::sqrtf(a); }
   NORMEXT_INLINE static std::uint32_t to_bits(float a) { return float_to_bits(a); }
   NORMEXT_INLINE static float from_bits(std::uint32_t bits) { return bits_to_float(bits); }
@@ -41,6 +42,7 @@ struct Math<double> {
   using Scalar = double;
   static constexpr bool kDouble = true;
   NORMEXT_INLINE static double exp(double a) { return ::exp(a); }
+  NORMEXT_INLINE static double reciprocal(double a) { return 1.0 / a; }
   NORMEXT_INLINE static double erfc(double a) { return ::erfc(a); }
   NORMEXT_INLINE static double fma(double a, double b, double c) { return ::fma(a, b, c); }
   NORMEXT_INLINE static double sqrt(double a) { return ::sqrt(a); }

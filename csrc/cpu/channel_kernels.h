@@ -31,6 +31,8 @@ struct ChannelPlan {
 struct ChannelKernels {
   void (*forward)(const ChannelForwardArgs& args, const ChannelPlan& plan);
   void (*backward)(const ChannelBackwardArgs& args, const ChannelPlan& plan);
+  void (*fixed_stats)(const FixedStatsArgs& args);
+  void (*update_running)(const RunningArgs& args);
 };
 
 }  // namespace normext::cpu

@@ -6,6 +6,7 @@
 #include "cpu/channel_last_backward.inl"
 #include "cpu/channel_planes.inl"
 #include "cpu/channel_planes_backward.inl"
+#include "cpu/channel_running.inl"
 
 namespace normext {
 inline namespace NORMEXT_ISA {

@@ -109,14 +109,16 @@ struct ChannelRows {
 // Weight and bias of all channels, as plan.params holds them.
 template <class T, class Args>
 NORMEXT_INLINE void prepare_params(const Args& args, Accumulate<T>* params, std::int64_t padded) {
-  const Parameter<T> weight = weight_of<T>(args), bias = bias_of<T>(args);
-  for (std::int64_t c = 0; c < padded; ++c) {
-    const bool exists = c < args.shape.channels;
-    params[c] = exists ? weight[c] : 0;
-    params[padded + c] = exists ? bias[c] : 0;
-  }
-  reorder<T>(params, padded);
-  reorder<T>(params + padded, padded);
+  using A = Accumulate<T>;
+  visit_parameters<T>(args, [&](auto type) {
+    using P = decltype(type);
+    const auto* weight = static_cast<const P*>(args.weight);
+    const auto* bias = static_cast<const P*>(args.bias);
+    for_units<A>(0, args.shape.channels, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
+      Packed<A>::pack(weight_unit<T>(weight, c, extent)).write(params + c);
+      Packed<A>::pack(bias == nullptr ? Pair<A>{} : load<T>(bias + c, extent)).write(params + padded + c);
+    });
+  });
 }
 // Statistics of all channels of an image, as plan.rows holds them.
 template <class T, class Args>
@@ -127,11 +129,14 @@ NORMEXT_INLINE void prepare_rows(const Args& args, std::int64_t image, Accumulat
     const A* stats = static_cast<const A*>(args.stats) + k * slabs + first;
     A* row = rows + k * padded;
     if (group == 1) {
-      __builtin_memcpy(row, stats, static_cast<std::size_t>(args.shape.channels) * sizeof(A));
-    } else {
-      for (std::int64_t g = 0; g < args.shape.groups; ++g) {
-        for (std::int64_t c = g * group; c < (g + 1) * group; ++c) row[c] = stats[g];
-      }
+      for_units<A>(0, args.shape.channels, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
+        Packed<A>::pack(load<T>(stats + c, extent)).write(row + c);
+      });
+      continue;
+    }
+    for (std::int64_t g = 0; g < args.shape.groups; ++g) {
+      const A value = stats[g];
+      for (std::int64_t c = g * group; c < (g + 1) * group; ++c) row[c] = value;
     }
     for (std::int64_t c = args.shape.channels; c < padded; ++c) row[c] = 0;
     reorder<T>(row, padded);
@@ -181,22 +186,26 @@ struct LastForward {
     A* sums = pivot + plan.padded;
     A* squares = sums + plan.padded;
     for (std::int64_t g = begin; g < end; ++g) {
-      for (std::int64_t c = g * group; c < (g + 1) * group; ++c) pivot[c] = found.mean[g * group];
+      const A first = found.mean[g * group];
+      for (std::int64_t c = g * group; c < (g + 1) * group; ++c) pivot[c] = first;
     }
+    const auto sum_of = [&](const A* of_group) {
+      return sum_values<A>(
+          group, [&](std::int64_t c, auto extent) __attribute__((always_inline)) { return load<A>(of_group + c, extent); });
+    };
     for_units<A>(begin * group, end * group, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
       store<A>(sums + c, found.sum_means(c, extent, load<A>(pivot + c, extent)), extent);
     });
     for (std::int64_t g = begin; g < end; ++g) {
       A* of_group = sums + g * group;
-      const A merged = sum_terms(group, [&](std::int64_t c) { return of_group[c]; }) / sink.n;
+      const A merged = sum_of(of_group) / sink.n;
       for (std::int64_t c = 0; c < group; ++c) of_group[c] = merged;
     }
     for_units<A>(begin * group, end * group, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
       store<A>(squares + c, found.sum_squares(c, extent, load<A>(pivot + c, extent), load<A>(sums + c, extent)), extent);
     });
     for (std::int64_t g = begin; g < end; ++g) {
-      const A m2 = sum_terms(group, [&](std::int64_t c) { return squares[g * group + c]; });
-      sink.write(image * shape.groups + g, pivot[g * group], sums[g * group], m2);
+      sink.write(image * shape.groups + g, pivot[g * group], sums[g * group], sum_of(squares + g * group));
     }
   }
   void merge(std::int64_t image, std::int64_t begin, std::int64_t end) const {

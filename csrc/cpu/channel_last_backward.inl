@@ -93,16 +93,16 @@ struct LastBackward {
 
   // Means of the groups of an image, one value per channel.
   void means(std::int64_t image) const {
-    const Parameter<T> weight = weight_of<T>(args);
     const std::int64_t group = shape.group_channels();
     const A n = args.given_sums ? static_cast<A>(*args.count) : static_cast<A>(shape.slab_size());
     for (int q = 0; q < 2; ++q) {
       const A* sums =
           args.given_sums ? static_cast<const A*>(args.sums) + q * channels : image_sums + (q * shape.batch + image) * padded;
       A* mean = rows_of(image) + (3 + q) * padded;
-      for (std::int64_t first = 0; first < channels; first += group) {
-        const A sum = sum_terms(group, [&](std::int64_t c) { return weight[first + c] * sums[first + c]; });
-        for (std::int64_t c = 0; c < group; ++c) mean[first + c] = sum / n;
+      if (group == 1) channel_means<T>(args, 0, channels, sums, n, mean);
+      for (std::int64_t first = 0; group > 1 && first < channels; first += group) {
+        const A of_group = group_mean<T>(args, first, group, sums + first, n);
+        for (std::int64_t c = 0; c < group; ++c) mean[first + c] = of_group;
       }
       for (std::int64_t c = channels; c < padded; ++c) mean[c] = 0;
       reorder<T>(mean, padded);

@@ -191,58 +191,6 @@ void merge_moments_as(const ChannelMergeArgs& args) {
   }
 }
 
-template <class A, class R>
-A widened(R x) {
-  if constexpr (std::is_same_v<R, double>) return static_cast<A>(x);
-  else return to_float(x);
-}
-template <class R, class A>
-R narrowed(A x) {
-  if constexpr (std::is_same_v<R, double>) return x;
-  else return FromFloat<R>::convert(static_cast<float>(x));
-}
-
-template <class A, class R>
-void fixed_stats_as(const FixedStatsArgs& args) {
-  for (std::int64_t c = 0; c < args.channels; ++c) {
-    const A mean = widened<A>(static_cast<const R*>(args.running_mean)[c]);
-    const A variance = widened<A>(static_cast<const R*>(args.running_var)[c]);
-    store_slab(static_cast<A*>(args.stats), args.channels, c, ChannelNorm::from_running(mean, variance, static_cast<A>(args.eps)),
-               A(0));
-  }
-}
-
-// Mean over images of a statistic of a channel: 16 in sequence, then pairwise by recursion on halves.
-template <class A, class Term>
-A sum_images(std::int64_t begin, std::int64_t end, const Term& term) {
-  if (end - begin <= kTermsPerSum) {
-    A sum = term(begin);
-    for (std::int64_t i = begin + 1; i < end; ++i) sum += term(i);
-    return sum;
-  }
-  const std::int64_t middle = begin + (end - begin) / 2;
-  return sum_images<A>(begin, middle, term) + sum_images<A>(middle, end, term);
-}
-
-template <class A, class R>
-void update_running_as(const RunningArgs& args) {
-  const A momentum = args.batches == nullptr ? static_cast<A>(args.momentum) : A(1) / static_cast<A>(*args.batches);
-  const std::int64_t slabs = args.images * args.channels;
-  const A* stats = static_cast<const A*>(args.stats);
-  const auto update = [&](void* running, std::int64_t c, const auto& term) {
-    if (running == nullptr) return;
-    R& old = static_cast<R*>(running)[c];
-    const A found = sum_images<A>(0, args.images, term) / static_cast<A>(args.images);
-    old = narrowed<R>(ChannelNorm::running(widened<A>(old), found, momentum));
-  };
-  for (std::int64_t c = 0; c < args.channels; ++c) {
-    if (stats[3 * slabs + c] == A(kNoValues)) continue;
-    update(args.running_mean, c,
-           [&](std::int64_t i) { return stats[i * args.channels + c] + stats[slabs + i * args.channels + c]; });
-    update(args.running_var, c, [&](std::int64_t i) { return stats[3 * slabs + i * args.channels + c]; });
-  }
-}
-
 }  // namespace
 
 std::size_t channel_forward_workspace(const ChannelForwardArgs& args) {
@@ -286,20 +234,8 @@ void merge_moments(const ChannelMergeArgs& args) {
   else merge_moments_as<float>(args);
 }
 
-void fixed_stats(const FixedStatsArgs& args) {
-  visit(args.running_dtype, [&](auto tag) {
-    using R = typename decltype(tag)::type;
-    if (args.dtype == DType::kFloat64) fixed_stats_as<double, R>(args);
-    else fixed_stats_as<float, R>(args);
-  });
-}
+void fixed_stats(const FixedStatsArgs& args) { kernels().channel.fixed_stats(args); }
 
-void update_running(const RunningArgs& args) {
-  visit(args.running_dtype, [&](auto tag) {
-    using R = typename decltype(tag)::type;
-    if (args.dtype == DType::kFloat64) update_running_as<double, R>(args);
-    else update_running_as<float, R>(args);
-  });
-}
+void update_running(const RunningArgs& args) { kernels().channel.update_running(args); }
 
 }  // namespace normext::cpu

@@ -138,7 +138,7 @@ struct PlanesForward {
       for (; n - i >= 2 * kUnit<A>; i += 2 * kUnit<A>) {
         apply_units<T, kFused, 2>(args.activation, x + i, at(residual, i), y + i, affine, Whole{});
       }
-      for_units<A>(i, n, [&](std::int64_t u, auto extent) __attribute__((always_inline)) {
+      for_output_units<A>(i, n, [&](std::int64_t u, auto extent) __attribute__((always_inline)) {
         apply_units<T, kFused, 1>(args.activation, x + u, at(residual, u), y + u, affine, extent);
       });
       begin += n;

@@ -126,12 +126,14 @@ struct PlanesBackward {
     const A n = args.given_sums ? static_cast<A>(*args.count) : static_cast<A>(shape.slab_size());
     const A* sums = args.given_sums ? static_cast<const A*>(args.sums) : totals;
     for (int q = 0; q < 2; ++q) {
+      A* mean = means + q * shape.slabs();
+      if (shape.batch_norm()) {
+        channel_means<T>(args, begin, end - begin, sums + q * channels + begin, n, mean + begin);
+        continue;
+      }
       for (std::int64_t slab = begin; slab < end; ++slab) {
         const std::int64_t first = slab * group;
-        const A sum = shape.batch_norm() ? weight[slab] * sums[q * channels + slab] : sum_terms(group, [&](std::int64_t c) {
-          return weight[(first + c) % channels] * plane_sums[q * planes + first + c];
-        });
-        means[q * shape.slabs() + slab] = sum / n;
+        mean[slab] = group_mean<T>(args, first % channels, group, plane_sums + q * planes + first, n);
       }
     }
   }
@@ -181,11 +183,12 @@ struct PlanesBackward {
       const std::int64_t stop = smaller(begin + shape.spatial - offset, end);
       const Plane plane = plane_of(cursor);
       const A mean_g = kFixed ? 0 : of_g[cursor.slab], mean_gx = kFixed ? 0 : of_gx[cursor.slab];
-      for (; stop - begin >= 2 * kUnit<A>; begin += 2 * kUnit<A>) {
-        value_units<kFixed, 2>(begin, plane, mean_g, mean_gx, Whole{});
+      std::int64_t done = 0;
+      for (; stop - begin - done >= 2 * kUnit<A>; done += 2 * kUnit<A>) {
+        value_units<kFixed, 2>(begin + done, plane, mean_g, mean_gx, Whole{});
       }
-      for_units<A>(begin, stop, [&](std::int64_t i, auto extent) __attribute__((always_inline)) {
-        value_units<kFixed, 1>(i, plane, mean_g, mean_gx, extent);
+      for_output_units<A>(done, stop - begin, [&](std::int64_t i, auto extent) __attribute__((always_inline)) {
+        value_units<kFixed, 1>(begin + i, plane, mean_g, mean_gx, extent);
       });
       begin = stop;
     }

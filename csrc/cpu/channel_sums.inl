@@ -76,14 +76,20 @@ template <class T, class Args>
 NORMEXT_INLINE Parameter<T> bias_of(const Args& args) {
   return {args.bias, args.param_dtype != args.dtype, 0};
 }
-template <class T>
-NORMEXT_INLINE void store_parameter(void* data, bool wide, std::int64_t channel, Accumulate<T> value) {
+// body(P) where weight and bias are of type P.
+template <class T, class Args, class Body>
+NORMEXT_INLINE void visit_parameters(const Args& args, Body body) {
   if constexpr (sizeof(T) == 2) {
-    if (wide) static_cast<float*>(data)[channel] = value;
-    else static_cast<T*>(data)[channel] = FromFloat<T>::convert(value);
-  } else {
-    static_cast<T*>(data)[channel] = value;
+    if (args.param_dtype != args.dtype) return body(float{});
   }
+  body(T{});
+}
+
+// One unit of weights, those of channels from `channel` on; 1 where there are none.
+template <class Like, class P, class Extent>
+NORMEXT_INLINE Pair<Accumulate<Like>> weight_unit(const P* weight, std::int64_t channel, Extent extent) {
+  using A = Accumulate<Like>;
+  return weight == nullptr ? both<A>(Vector<A>{} + A(1)) : load<Like>(weight + channel, extent);
 }
 
 template <class T, class Args>
@@ -230,12 +236,65 @@ __attribute__((noinline)) void sum_table(const A* table, std::int64_t stride, st
   });
 }
 
+// Sum of values x[0] .. x[n - 1] as term(i, extent) gives them, a unit at a time.
+template <class A, class Term>
+NORMEXT_INLINE A sum_values(std::int64_t n, Term term) {
+  return sum_terms(segments_of(n), [&](std::int64_t segment) {
+    Vector<A> lanes[1];
+    sum_columns<A>(
+        segment_cols(segment, n),
+        [&](std::int64_t column, auto extent, Sums<A, 1>& sums)
+            __attribute__((always_inline)) { sums.of[0] = sums.of[0] + term(segment * kSegment + column, extent); },
+        lanes);
+    return sum_lanes<A>(lanes[0]);
+  });
+}
+
+// Means over a slab of g or g*xhat, from sums of dz or dz*xhat: w*sum / n for `count` channels from `first` on, each of which is a
+// slab; or those of one slab together. n values make a slab.
+template <class T, class Args>
+__attribute__((noinline)) void channel_means(const Args& args, std::int64_t first, std::int64_t count, const Accumulate<T>* sums,
+                                             Accumulate<T> n, Accumulate<T>* means) {
+  using A = Accumulate<T>;
+  visit_parameters<T>(args, [&](auto type) {
+    const auto* weight = static_cast<const decltype(type)*>(args.weight);
+    for_units<A>(0, count, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
+      const Pair<A> w = weight_unit<T>(weight, first + c, extent), sum = load<T>(sums + c, extent);
+      store<T>(means + c, Pair<A>{w.a * sum.a / n, w.b * sum.b / n}, extent);
+    });
+  });
+}
+template <class T, class Args>
+__attribute__((noinline)) Accumulate<T> group_mean(const Args& args, std::int64_t first, std::int64_t count,
+                                                   const Accumulate<T>* sums, Accumulate<T> n) {
+  using A = Accumulate<T>;
+  A sum = 0;
+  visit_parameters<T>(args, [&](auto type) {
+    const auto* weight = static_cast<const decltype(type)*>(args.weight);
+    sum = sum_values<A>(count, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
+      const Pair<A> w = weight_unit<T>(weight, first + c, extent), s = load<T>(sums + c, extent);
+      return Pair<A>{w.a * s.a, w.b * s.b};
+    });
+  });
+  return sum / n;
+}
+
 // body(begin, end) over [0, columns), shared out where `values` are many.
 template <class Body>
 NORMEXT_INLINE void for_columns(const cpu::Parallel& parallel, std::int64_t columns, std::int64_t values, const Body& body) {
   const cpu::Parallel serial;
   for_ranges(values < kMergeSerial ? serial : parallel, (columns + kColumnsOfTask - 1) / kColumnsOfTask,
              [&](std::int64_t begin, std::int64_t end) { body(begin * kColumnsOfTask, smaller(end * kColumnsOfTask, columns)); });
+}
+
+// unit(i, extent) for the units of output values [begin, n) of at least n; n counts from the first that may be written. The last
+// unit begins earlier rather than being partial, so that some values are computed twice.
+template <class A, class Unit>
+NORMEXT_INLINE void for_output_units(std::int64_t begin, std::int64_t n, Unit unit) {
+  for (; n - begin >= kUnit<A>; begin += kUnit<A>) unit(begin, Whole{});
+  if (begin == n) return;
+  if (n >= kUnit<A>) unit(n - kUnit<A>, Whole{});
+  else unit(begin, Partial{static_cast<int>(n - begin)});
 }
 
 // A second pass over all values, body(begin, end) over ranges of tasks. Each thread begins where its first pass ended, since that
@@ -274,15 +333,21 @@ struct PlaneCursor {
 // Parameter gradients and sums of a backward call, from sum(dz) and sum(dz*xhat) per channel.
 template <class T>
 NORMEXT_INLINE void store_totals(const ChannelBackwardArgs& args, const Accumulate<T>* dz, const Accumulate<T>* dzx) {
-  const bool wide = args.param_dtype != args.dtype;
-  Accumulate<T>* sums = args.given_sums ? nullptr : static_cast<Accumulate<T>*>(args.sums);
-  for (std::int64_t c = 0; c < args.shape.channels; ++c) {
-    if (args.grad_weight != nullptr) store_parameter<T>(args.grad_weight, wide, c, dzx[c]);
-    if (args.grad_bias != nullptr) store_parameter<T>(args.grad_bias, wide, c, dz[c]);
-    if (sums == nullptr) continue;
-    sums[c] = dz[c];
-    sums[args.shape.channels + c] = dzx[c];
-  }
+  using A = Accumulate<T>;
+  const std::int64_t channels = args.shape.channels;
+  visit_parameters<T>(args, [&](auto type) {
+    using P = decltype(type);
+    const auto store_as = [&](void* gradient, const A* values) {
+      for_units<A>(0, gradient == nullptr ? 0 : channels, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
+        store<P>(static_cast<P*>(gradient) + c, load<P>(values + c, extent), extent);
+      });
+    };
+    store_as(args.grad_weight, dzx);
+    store_as(args.grad_bias, dz);
+  });
+  if (args.sums == nullptr || args.given_sums) return;
+  __builtin_memcpy(args.sums, dz, static_cast<std::size_t>(channels) * sizeof(A));
+  __builtin_memcpy(static_cast<A*>(args.sums) + channels, dzx, static_cast<std::size_t>(channels) * sizeof(A));
 }
 // What a backward call needs.
 NORMEXT_INLINE bool wants_totals(const ChannelBackwardArgs& args) {

@@ -13,7 +13,7 @@ extern const cpu::IsaKernels kKernels;
 const cpu::IsaKernels kKernels = {
     NORMEXT_ISA_NAME,
     {{forward<LayerNorm>, backward<LayerNorm>}, {forward<RmsNorm>, backward<RmsNorm>}},
-    {channel_forward, channel_backward},
+    {channel_forward, channel_backward, fixed_stats, update_running},
 };
 
 }  // namespace NORMEXT_ISA

@@ -16,7 +16,9 @@
 namespace normext {
 inline namespace NORMEXT_ISA {
 
-// e^x to 1.2 ulp (Cody and Waite reduction, the polynomial of Cephes); 0 or infinity where the result is no normal number.
+constexpr float kMostExponent = 87.0f;  // e^-87 is a normal float, and so is its reciprocal
+
+// e^x to an ulp for |x| <= 87 (Cody and Waite's reduction; the polynomial is fitted to 2e-9), and for no other float.
 template <class V>
 NORMEXT_INLINE V exponential(V x) {
   if constexpr (Math<V>::kDouble) {
@@ -27,15 +29,20 @@ NORMEXT_INLINE V exponential(V x) {
     const V n = shifted - 12582912.0f;
     V r = fma<V>(n, V{} - 0.693359375f, x);
     r = fma<V>(n, V{} + 2.12194440e-4f, r);
-    V p = fma<V>(V{} + 1.9875691500e-4f, r, V{} + 1.3981999507e-3f);
-    p = fma<V>(p, r, V{} + 8.3334519073e-3f);
-    p = fma<V>(p, r, V{} + 4.1665795894e-2f);
-    p = fma<V>(p, r, V{} + 1.6666665459e-1f);
-    p = fma<V>(p, r, V{} + 5.0000001201e-1f);
-    p = fma<V>(p, r * r, r) + 1.0f;
-    const V e = p * Math<V>::from_bits((Math<V>::to_bits(shifted) + 127u) << 23);
-    return x < V{} - 87.0f ? V{} : (x > V{} + 88.0f ? V{} + __builtin_huge_valf() : e);
+    V p = fma<V>(V{} + 1.3843607e-3f, r, V{} + 8.3741955e-3f);
+    p = fma<V>(p, r, V{} + 4.1668005e-2f);
+    p = fma<V>(p, r, V{} + 1.6666430e-1f);
+    p = fma<V>(p, r, V{} + 4.9999994e-1f);
+    p = fma<V>(p, r, V{} + 1.0f);
+    p = fma<V>(p, r, V{} + 1.0f);
+    return Math<V>::from_bits(Math<V>::to_bits(p) + (Math<V>::to_bits(shifted) << 23));  // p * 2^n
   }
+}
+// The same with 0 below, where the result is no normal float.
+template <class V>
+NORMEXT_INLINE V exponential_or_zero(V x) {
+  if constexpr (Math<V>::kDouble) return exponential<V>(x);
+  else return x < V{} - kMostExponent ? V{} : exponential<V>(x);
 }
 
 // The normal distribution: density and cumulative probability.
@@ -46,12 +53,14 @@ struct Normal {
 template <class V>
 NORMEXT_INLINE Normal<V> normal(V z) {
   constexpr double kDensity = 0.3989422804014327;  // 1/sqrt(2*pi)
-  const V e = exponential<V>(z * z * -0.5f);
+  const V e = exponential_or_zero<V>(z * z * -0.5f);
   if constexpr (Math<V>::kDouble) {
     return {e * kDensity, 0.5 * Math<V>::erfc(z * -0.7071067811865476)};
   } else {
-    // Phi(-|z|) = t*q(t) * e^(-z^2/2) / 2 with t = 1/(1 + 0.4*|z|/sqrt(2)); q fitted to 6e-8 of erfcx over |z| <= 13.
-    const V t = 1.0f / fma<V>(z < V{} ? -z : z, V{} + 0.282842712f, V{} + 1.0f);
+    // Phi(-|z|) = t*q(t) * e^(-z^2/2) / 2 with t = 1/(1 + 0.4*|z|/sqrt(2)); q fitted to 6e-8 of erfcx over |z| <= 13, and beyond 14
+    // e is 0.
+    const V size = z < V{} ? -z : z;
+    const V t = Math<V>::reciprocal(fma<V>(size < V{} + 14.0f ? size : V{} + 14.0f, V{} + 0.282842712f, V{} + 1.0f));
     V q = fma<V>(V{} + 0.04068455f, t, V{} - 0.13743787f);
     q = fma<V>(q, t, V{} + 0.07776277f);
     q = fma<V>(q, t, V{} + 0.09543049f);
@@ -83,13 +92,28 @@ NORMEXT_INLINE void switch_activation(Activation activation, Body body) {
   }
 }
 
+// e = e^-z and s = 1/(1 + e). Below -87 those of a float mean nothing, and zero_below() takes their place.
+template <class V>
+struct Logistic {
+  V e, s;
+};
+template <class V>
+NORMEXT_INLINE Logistic<V> logistic(V z) {
+  const V e = exponential_or_zero<V>(-z);
+  return {e, Math<V>::reciprocal(e + 1.0f)};
+}
+template <class V>
+NORMEXT_INLINE V zero_below(V z, V value) {
+  return z < V{} - kMostExponent ? V{} : value;
+}
+
 template <class V>
 NORMEXT_INLINE V activate(Activation activation, V z) {
   switch (activation) {
     case Activation::kRelu:
       return z < V{} ? V{} : z;  // NaN stays NaN
     case Activation::kSilu:
-      return z / (1.0f + exponential<V>(-z));
+      return z * zero_below(z, logistic<V>(z).s);
     case Activation::kGelu:
       return z * normal<V>(z).cumulative;
     case Activation::kLeakyRelu:
@@ -107,10 +131,8 @@ NORMEXT_INLINE V activation_gradient(Activation activation, V z, V dy) {
     case Activation::kRelu:
       return z <= V{} ? V{} : dy;
     case Activation::kSilu: {
-      const V e = exponential<V>(-z);
-      const V s = 1.0f / (1.0f + e);
-      // e * s is 1 - s without cancellation, and infinity times 0 far below.
-      return z < V{} - 87.0f ? V{} : dy * s * fma<V>(z, e * s, V{} + 1.0f);
+      const Logistic<V> l = logistic<V>(z);
+      return zero_below(z, dy * l.s * fma<V>(z, l.e * l.s, V{} + 1.0f));  // e * s is 1 - s without cancellation
     }
     case Activation::kGelu: {
       const Normal<V> n = normal<V>(z);

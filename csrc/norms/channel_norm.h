@@ -29,14 +29,14 @@ struct ChannelNorm {
     return m2 / (n > A(1) ? n - A(1) : A(1));
   }
   // The statistics of evaluation mode.
-  template <class A>
-  NORMEXT_INLINE static Slab<A> from_running(A mean, A variance, A eps) {
-    const A rstd = reciprocal_sqrt(variance + eps), most = A(3.4e38f);
-    return {mean, A(0), rstd > most ? most : rstd};  // infinity would turn the 0 beside the mean into NaN
+  template <class V>
+  NORMEXT_INLINE static Slab<V> from_running(V mean, V variance, V eps) {
+    const V rstd = reciprocal_sqrt(variance + eps), most = V{} + 3.4e38f;
+    return {mean, V{}, rstd > most ? most : rstd};  // infinity would turn the 0 beside the mean into NaN
   }
-  template <class A>
-  NORMEXT_INLINE static A running(A old, A found, A momentum) {
-    return fma<A>(momentum, found, (A(1) - momentum) * old);
+  template <class V>
+  NORMEXT_INLINE static V running(V old, V found, V momentum) {
+    return fma<V>(momentum, found, (1.0f - momentum) * old);
   }
 };
 

@@ -19,34 +19,51 @@ Tensor batch_norm(const Tensor& input, const Tensor& weight, const Tensor& bias,
   return channel_forward(forward).output;
 }
 
-ChannelForwardResult run_forward(const Tensor& input, const Tensor* residual, const Tensor* weight, const Tensor* bias,
-                                 const Tensor* running_mean, const Tensor* running_var, double eps, std::int64_t activation,
-                                 bool save_stats) {
-  ChannelForward forward{"batch_norm", input};
-  forward.residual = residual;
-  forward.weight = weight;
-  forward.bias = bias;
-  forward.running_mean = running_mean;
-  forward.running_var = running_var;
+ChannelForward forward_request(const char* op, const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+                               const OptionalTensor& bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                               double eps, std::int64_t activation) {
+  ChannelForward forward{op, input};
+  forward.residual = residual.or_null();
+  forward.weight = weight.or_null();
+  forward.bias = bias.or_null();
+  forward.running_mean = running_mean.or_null();
+  forward.running_var = running_var.or_null();
   forward.eps = eps;
   forward.activation = activation;
-  forward.save_stats = save_stats;
-  return channel_forward(forward);
+  return forward;
 }
 
 Tensor batch_norm_inference(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                             const OptionalTensor& bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                             double eps, std::int64_t activation) {
-  return run_forward(input, residual.or_null(), weight.or_null(), bias.or_null(), running_mean.or_null(), running_var.or_null(),
-                     eps, activation, false)
+  return channel_forward(
+             forward_request("batch_norm_inference", input, residual, weight, bias, running_mean, running_var, eps, activation))
       .output;
 }
 
 std::tuple<Tensor, Tensor> batch_norm_forward(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                                               const OptionalTensor& bias, const OptionalTensor& running_mean,
                                               const OptionalTensor& running_var, double eps, std::int64_t activation) {
-  ChannelForwardResult result = run_forward(input, residual.or_null(), weight.or_null(), bias.or_null(), running_mean.or_null(),
-                                            running_var.or_null(), eps, activation, true);
+  ChannelForward forward =
+      forward_request("batch_norm_forward", input, residual, weight, bias, running_mean, running_var, eps, activation);
+  forward.save_stats = true;
+  ChannelForwardResult result = channel_forward(forward);
+  return {std::move(result.output), std::move(result.stats)};
+}
+
+// Training outside of graphs, in one call: the running statistics, checked before, take those of the batch.
+std::tuple<Tensor, Tensor> batch_norm_train_(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+                                             const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                             const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                                             double momentum, double eps, std::int64_t activation) {
+  constexpr const char* op = "batch_norm_train_";
+  ChannelForward forward = forward_request(op, input, residual, weight, bias, running_mean, running_var, eps, activation);
+  forward.training = true;
+  forward.save_stats = true;
+  ChannelForwardResult result = channel_forward(forward);
+  if (forward.running_mean != nullptr && !input.is_empty()) {
+    update_running(op, result.stats, *forward.running_mean, *forward.running_var, num_batches_tracked.or_null(), momentum);
+  }
   return {std::move(result.output), std::move(result.stats)};
 }
 
@@ -137,6 +154,11 @@ const bool defined = [] {
       "batch_norm_export(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? running_mean, "
       "Tensor? running_var, float eps, int activation) -> (Tensor output, Tensor stats)",
       boxed<batch_norm_forward>);
+  define(
+      "batch_norm_train_(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor? num_batches_tracked, float momentum, float eps, int activation) "
+      "-> (Tensor output, Tensor stats)",
+      boxed<batch_norm_train_>);
   define(
       "batch_norm_update_(Tensor stats, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor? num_batches_tracked, "
       "float momentum) -> ()",

@@ -72,6 +72,8 @@ void launch(const RunningArgs& args, Device device) {
 #endif
 }
 
+bool has_fixed_stats(const ChannelForward& request) { return request.running_mean != nullptr && !request.training; }
+
 Tensor allocate_stats(const ChannelGeometry& geometry, const Tensor& input, int planes) {
   return allocate({planes, geometry.shape.slabs()}, geometry.stats_dtype, input.device());
 }
@@ -94,7 +96,7 @@ void run_forward(const ChannelForward& request, const ChannelGeometry& geometry,
   args.bias = bias.data;
   args.stats = stats;
   args.moments = moments;
-  args.given_stats = request.running_mean != nullptr || request.given_stats != nullptr;
+  args.given_stats = has_fixed_stats(request) || request.given_stats != nullptr;
   args.eps = request.eps;
   args.activation = geometry.activation;
   launch(args, device);
@@ -122,7 +124,7 @@ ChannelForwardResult channel_forward(const ChannelForward& request) {
   ChannelForwardResult result;
   result.output = allocate_in_format(geometry, input);
   if (request.save_stats) result.stats = allocate_stats(geometry, input, kChannelStats);
-  if (geometry.shape.slabs() == 0 || (input.is_empty() && request.running_mean == nullptr)) {
+  if (geometry.shape.slabs() == 0 || (input.is_empty() && !has_fixed_stats(request))) {
     if (result.stats) fill_zero(result.stats);
     return result;
   }
@@ -132,7 +134,7 @@ ChannelForwardResult channel_forward(const ChannelForward& request) {
   void* stats = request.given_stats != nullptr ? const_cast<void*>(request.given_stats->data())
                 : result.stats                 ? result.stats.mutable_data()
                                                : unsaved.address();
-  if (request.running_mean != nullptr) run_fixed_stats(request, geometry, stats);
+  if (has_fixed_stats(request)) run_fixed_stats(request, geometry, stats);
   if (!input.is_empty()) run_forward(request, geometry, result.output.mutable_data(), stats, nullptr);
   return result;
 }

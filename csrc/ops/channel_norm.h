@@ -22,6 +22,7 @@ struct ChannelForward {
   const Tensor* bias = nullptr;
   const Tensor* running_mean = nullptr;  // both: statistics of evaluation mode; batch norm only
   const Tensor* running_var = nullptr;
+  bool training = false;                // running statistics are not used, only checked: they will be updated
   const Tensor* given_stats = nullptr;  // [4, channels]: SyncBatchNorm
   double eps = 0.0;
   std::int64_t activation = 0;  // an Activation
