@@ -12,6 +12,7 @@ from torch.fx import Proxy
 from normext import _library
 
 _update = _library.Op.named("batch_norm_update_")
+_contiguous = _library.Op.named("contiguous").direct
 
 # As numbered in csrc/core/types.h.
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "leaky_relu": 4}
@@ -24,6 +25,31 @@ def traced_leaf(module: nn.Module, input: Any) -> Any:
         return None
     tracer: Any = input.tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})
+
+
+class _Contiguous(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        result: Tensor = _contiguous(input)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Tensor:
+        return grad_output
+
+
+_contiguous_with_grad = _library.direct_apply(_Contiguous)
+
+
+def contiguous(input: Tensor) -> Tensor:
+    """input.contiguous(), which takes torch several times as long where a CPU tensor is channels-last."""
+    if _library.special() or input.layout != torch.strided or not input.is_cpu or input.is_contiguous():
+        return input.contiguous()
+    try:
+        result: Tensor = (_contiguous_with_grad if _library.any_requires_grad(input) else _contiguous)(input)
+    except MemoryError:
+        return input.contiguous()  # raises, in torch's words
+    return result
 
 
 def activation_code(op: str, activation: str | None) -> int:
@@ -151,4 +177,4 @@ def _fake_update(stats: Tensor, mean: Tensor, var: Tensor, batches: Tensor | Non
         raise RuntimeError("batch_norm_update_: expected running statistics of one shape and dtype, all tensors on one device")
 
 
-_library.register_fakes(batch_norm_update_=_fake_update)
+_library.register_fakes(batch_norm_update_=_fake_update, contiguous=_library.contiguous_like)

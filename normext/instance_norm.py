@@ -73,7 +73,7 @@ def instance_norm(
     if refused:  # torch's answer, or its exception
         y = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
         return _channel.activate(code, y)
-    x = input.contiguous()
+    x = _channel.contiguous(input)
     if x.shape[1] == 1 or x.stride(1) == 1:  # the strides may still be those of channels-last
         x = x.reshape(-1).view(x.shape)
     if not use_input_stats:

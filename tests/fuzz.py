@@ -114,7 +114,7 @@ def inconsistent(generator, argument):
             lambda: x.t() if x.dim() == 2 else x.flip(0),
             lambda: x[..., ::2],
             lambda: x[:1].expand_as(x) if x.dim() else x,
-            lambda: x.to_sparse() if x.dim() else x,
+            lambda: x.to_sparse() if x.dim() and not x.is_meta else x,
             lambda: x.conj(),
             lambda: x._neg_view(),
             lambda: None,

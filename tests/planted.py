@@ -355,6 +355,22 @@ MUTANTS = (
         "avx2",
         RUNNING,
     ),
+    Mutant(
+        "training step that normalises by running statistics",
+        "csrc/ops/channel_norm.cpp",
+        "request.running_mean != nullptr && !request.training",
+        "request.running_mean != nullptr",
+        "avx2",
+        RUNNING,
+    ),
+    Mutant(
+        "16-bit rows woven in the wrong place",
+        "csrc/cpu/transpose.inl",
+        "load_bytes<Half>(x + cols)",
+        "load_bytes<Half>(x + cols - 1)",
+        "avx2",
+        ("tests/test_format.py",),
+    ),
     Mutant("batches not counted", "csrc/cpu/channel_running.inl", "args.batches == nullptr ?", "true ?", "avx2", RUNNING),
     Mutant(
         "empty batch teaches running statistics",

@@ -103,6 +103,7 @@ def channel_arguments(x, dy, residual, params):
         "batch_norm_backward_apply": [
             (dy, x, stats, residual, weight, bias, uniform(2, channels, dtype=wide), count, silu, needs) for needs in range(4)
         ],
+        "contiguous": [(x,)],
         "group_norm": [(x, weight, bias, groups, eps)],
         "group_norm_inference": [(x, weight, bias, groups, eps, silu), (x, None, None, groups, eps, 0)],
         "group_norm_forward": [

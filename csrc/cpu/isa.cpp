@@ -174,6 +174,12 @@ void row_backward(RowNorm norm, const RowBackwardArgs& args, void* workspace, co
   kernels().row[static_cast<int>(norm)].backward(args, plan);
 }
 
+void transpose(const void* from, void* to, std::int64_t batch, std::int64_t rows, std::int64_t cols, std::size_t element_bytes,
+               const Parallel& parallel) {
+  const std::int64_t bytes = 2 * batch * rows * cols * static_cast<std::int64_t>(element_bytes);
+  if (bytes > 0) kernels().transpose(from, to, batch, rows, cols, element_bytes, threads_for(parallel, bytes));
+}
+
 const char* isa_name() { return kernels().name; }
 
 std::vector<std::string> available_isas() {

@@ -33,6 +33,10 @@ void merge_moments(const ChannelMergeArgs& args);
 void fixed_stats(const FixedStatsArgs& args);
 void update_running(const RunningArgs& args);
 
+// [batch, rows, cols] to [batch, cols, rows]; elements of 2, 4 or 8 bytes.
+void transpose(const void* from, void* to, std::int64_t batch, std::int64_t rows, std::int64_t cols, std::size_t element_bytes,
+               const Parallel& parallel);
+
 const char* isa_name();                     // the one in use: NORMEXT_CPU_ISA, or the best the machine has
 std::vector<std::string> available_isas();  // slowest first: {"scalar", "avx2", "avx512"}
 

@@ -5,6 +5,7 @@
 #include "cpu/channel_kernels.inl"
 #include "cpu/row_backward.inl"
 #include "cpu/row_forward.inl"
+#include "cpu/transpose.inl"
 
 namespace normext {
 inline namespace NORMEXT_ISA {
@@ -14,6 +15,7 @@ const cpu::IsaKernels kKernels = {
     NORMEXT_ISA_NAME,
     {{forward<LayerNorm>, backward<LayerNorm>}, {forward<RmsNorm>, backward<RmsNorm>}},
     {channel_forward, channel_backward, fixed_stats, update_running},
+    transpose,
 };
 
 }  // namespace NORMEXT_ISA

@@ -49,6 +49,9 @@ struct IsaKernels {
   const char* name;
   RowKernels row[2];  // indexed by RowNorm
   ChannelKernels channel;
+  // [batch, rows, cols] to [batch, cols, rows]; elements of 2, 4 or 8 bytes.
+  void (*transpose)(const void* from, void* to, std::int64_t batch, std::int64_t rows, std::int64_t cols, std::size_t element_bytes,
+                    const Parallel& parallel);
 };
 
 const IsaKernels& kernels();  // the ones in use

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "core/dtypes.h"
+#include "ops/format.h"
 
 namespace normext::ops {
 namespace {
@@ -110,7 +111,7 @@ Dense dense(const ChannelGeometry& geometry, const Tensor* tensor) {
   if (tensor == nullptr) return result;
   if (!(geometry.channels_last ? has_channels_last_strides(*tensor) : tensor->is_contiguous())) {
     result.copy = allocate_in_format(geometry, *tensor);
-    copy(*tensor, result.copy);
+    copy_format(*tensor, result.copy);
   }
   result.data = (result.copy ? result.copy : *tensor).data();
   return result;
