@@ -74,6 +74,11 @@ class Figure:
     def slower(self, than="eager"):
         return self.has(than) and max(self.case["speedup"][than]) < SLOWER
 
+    @property
+    def small_step(self):
+        """A training step so short that its extra time is judged, not its ratio."""
+        return self.kind == "train" and self.input_bytes < SMALL_INPUT
+
     def extra_us(self):
         """Least extra time over torch eager among the runs: what every run agrees on."""
         us = self.case["us"]
@@ -132,6 +137,12 @@ def select(section, op=None, kind=None, dtype=None):
 def select_channel(section, op=None, kind=None, dtype=None, layout=None):
     """Figures of the channel section; None leaves a property open."""
     return _those(map(ChannelFigure, section["cases"]), op=op, kind=kind, dtype=dtype, layout=layout)
+
+
+def slower(chosen, rival):
+    """Cases slower than the rival in every run, small training steps aside; None where the rival was not measured."""
+    compared = [figure for figure in chosen if figure.has(rival)]
+    return [figure for figure in compared if figure.slower(rival) and not figure.small_step] if compared else None
 
 
 def speedup_at_copy_speed_and_call(chosen):

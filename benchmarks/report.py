@@ -65,10 +65,17 @@ def summary(section):
             next(speedups(section, op, "train", "eager")),
         )
         rows.append([op, *speedups(section, op, "forward", "eager"), bound, compiled, train])
-    slower = {rival: sum(f.slower(rival) for f in select(section, kind="forward")) for rival in ("eager", "compiled")}
-    count = len(select(section, kind="forward"))
-    against = ", ".join(f"{number} against {rival}" for rival, number in slower.items())
-    return table(header, rows) + f"\n\nSlower in every run, of {count} forward cases: {against}."
+    return table(header, rows) + "\n\n" + slower_cases(select(section, kind="forward"), "forward cases")
+
+
+def slower_cases(chosen, what):
+    """How many; each rival is compared on the cases it took part in."""
+    counts = []
+    for rival in ("eager", "compiled"):
+        slower = figures.slower(chosen, rival)
+        compared = sum(figure.has(rival) for figure in chosen)
+        counts.append(f"torch {rival} was not measured" if slower is None else f"{len(slower)} of {compared} against torch {rival}")
+    return f"Slower in every run, of the {what}: {', '.join(counts)}."
 
 
 def by_shape(chosen):
@@ -127,10 +134,8 @@ def channel_summary(section):
             bound = times(geomean(f.speedup_at_copy_speed() for f in chosen))
             compiled = times(geomean(f.speedup("compiled") for f in chosen if f.has("compiled")))
             rows.append([op, name, *means, bound, compiled])
-    chosen = select_channel(section)
-    slower = [f"{sum(f.slower(rival) for f in chosen)} against {rival}" for rival in ("eager", "compiled")]
-    counts = f"{len(chosen)} cases, {sum(f.has('compiled') for f in chosen)} of them compiled"
-    return table(header, rows) + f"\n\nSlower in every run, of {counts}: {', '.join(slower)}."
+    cases = [f for f in select_channel(section) if not f.small_step]
+    return table(header, rows) + "\n\n" + slower_cases(cases, "cases (training steps from 128 KB of input)")
 
 
 # Calls, blocks, accuracy ------------------------------------------------------------------------------------------

@@ -32,24 +32,22 @@ def cpu_fresh(section):
         what = f"{op} forward, {dtype or 'both dtypes'}: {reached:.2f}x torch eager, target {wanted}x"
         yield reached >= wanted, f"{what}; a kernel at copy speed with our time per call: {bound:.2f}x"
     for rival in ("eager", "compiled"):
-        slower = [figure for figure in figures.select(section, kind="forward") if figure.slower(rival)]
-        yield not slower, f"forward, cases slower than torch {rival} in every run: {listed(slower, rival)}"
-    train = figures.select(section, kind="train")
-    slower = [figure for figure in train if figure.input_bytes >= figures.SMALL_INPUT and figure.slower()]
-    yield (
-        not slower,
-        f"forward+backward from 128 KB, cases slower than torch eager in every run: {listed(slower, 'eager')}",
-    )
-    small = [figure for figure in train if figure.input_bytes < figures.SMALL_INPUT]
-    extra = max((figure.extra_us() for figure in small), default=0.0)
-    yield (
-        extra <= SMALL_TRAIN_US,
-        f"forward+backward below 128 KB: at most {extra:.1f} us above torch, target {SMALL_TRAIN_US} us",
-    )
+        yield none_slower("forward", figures.select(section, kind="forward"), rival)
+    yield from training("forward+backward", figures.select(section, kind="train"))
 
 
-def listed(slower, rival):
-    return ", ".join(f"{f.op} {f.dtype} {f.name} {f.speedup(rival):.2f}x" for f in slower) or "none"
+def none_slower(what, chosen, rival):
+    slower = figures.slower(chosen, rival)
+    if slower is None:
+        return False, f"{what}: torch {rival} was not measured"
+    names = ", ".join(f"{f.op} {f.dtype} {f.name} {f.speedup(rival):.2f}x" for f in slower)
+    return not slower, f"{what}, cases slower than torch {rival} in every run: {names or 'none'}"
+
+
+def training(what, chosen):
+    yield none_slower(f"{what} from 128 KB", chosen, "eager")
+    extra = max((figure.extra_us() for figure in chosen if figure.small_step), default=0.0)
+    yield extra <= SMALL_TRAIN_US, f"{what} below 128 KB: at most {extra:.1f} us above torch, target {SMALL_TRAIN_US} us"
 
 
 def cpu_warm(section):
@@ -74,9 +72,10 @@ def channel(section):
         passes = ", ".join(f"{name} {figure:.2f}x" for name, figure in zip(PASSES.values(), by_pass, strict=True))
         what = f"{op or 'channel norms'}: {reached:.2f}x torch eager ({passes}), target {wanted}x"
         yield reached >= wanted, f"{what}; a kernel at copy speed: {bound:.2f}x"
+    forward, train = (figures.select_channel(section, kind=kind) for kind in PASSES)
     for rival in ("eager", "compiled"):
-        slower = [figure for figure in figures.select_channel(section) if figure.slower(rival)]
-        yield not slower, f"channel norms, cases slower than torch {rival} in every run: {listed(slower, rival)}"
+        yield none_slower("channel norms, forward", forward, rival)
+    yield from training("channel norms, forward+backward", train)
     parity = figures.select_channel(section, "batch_norm_eval", dtype="float32")
     reached = figures.geomean(figure.speedup() for figure in parity)
     yield reached >= figures.SLOWER, f"batch_norm_eval float32: {reached:.2f}x torch eager, target parity"
