@@ -42,7 +42,7 @@ _contiguous_with_grad = _library.direct_apply(_Contiguous)
 
 
 def contiguous(input: Tensor) -> Tensor:
-    """input.contiguous(), which takes torch several times as long where a CPU tensor is channels-last."""
+    """input.contiguous(), which takes torch several times as long where a CPU tensor of many channels is channels-last."""
     if _library.special() or input.layout != torch.strided or not input.is_cpu or input.is_contiguous():
         return input.contiguous()
     try:

@@ -54,8 +54,11 @@ def _fake(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    num_batches_tracked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _channel.check_fake("batch_norm", input, 0, (weight, bias, running_mean, running_var), (residual,))
+    if num_batches_tracked is not None and num_batches_tracked.device != input.device:
+        raise RuntimeError(f"batch_norm: expected num_batches_tracked on {input.device}, got {num_batches_tracked.device}")
     if (running_mean is None) != (running_var is None):
         raise RuntimeError("batch_norm: expected running_mean and running_var, got one of them")
     return _channel.output_like(input), _channel.stats_like(input, 0)
@@ -81,7 +84,7 @@ _library.register_fakes(
     batch_norm=lambda x, w, b, mean, var, eps: _fake(x, None, w, b, mean, var)[0],
     batch_norm_inference=lambda x, r, w, b, mean, var, eps, activation: _fake(x, r, w, b, mean, var)[0],
     batch_norm_forward=lambda x, r, w, b, mean, var, eps, activation: _fake(x, r, w, b, mean, var),
-    batch_norm_train_=lambda x, r, w, b, mean, var, batches, momentum, eps, activation: _fake(x, r, w, b, mean, var),
+    batch_norm_train_=lambda x, r, w, b, mean, var, batches, momentum, eps, activation: _fake(x, r, w, b, mean, var, batches),
     batch_norm_backward=_fake_backward,
     batch_norm_export=lambda x, r, w, b, mean, var, eps, activation: _fake(x, r, w, b, mean, var),
 )

@@ -57,7 +57,7 @@ struct ChannelForwardArgs {
   DType param_dtype = DType::kFloat32;  // of weight and bias: dtype, or float32 with 16-bit dtype
   const void* input = nullptr;
   const void* residual = nullptr;  // or null
-  void* output = nullptr;          // or null: statistics only
+  void* output = nullptr;          // or null: statistics only; overlaps nothing that is read
   const void* weight = nullptr;    // [channels] or null
   const void* bias = nullptr;      // [channels] or null
   void* stats = nullptr;           // [4, slabs]; written, or read where given_stats. Null where only moments are wanted
@@ -78,7 +78,7 @@ struct ChannelBackwardArgs {
   const void* weight = nullptr;    // [channels] or null
   const void* bias = nullptr;      // [channels] or null; read only where there is an activation
   const void* stats = nullptr;     // [4, slabs] as the forward made them
-  void* grad_input = nullptr;      // or null
+  void* grad_input = nullptr;      // or null; like the next, overlaps nothing that is read
   void* grad_residual = nullptr;   // or null: dz
   void* grad_weight = nullptr;     // [channels] or null
   void* grad_bias = nullptr;       // [channels] or null

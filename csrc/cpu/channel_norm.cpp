@@ -1,4 +1,4 @@
-// Entry points of the channel norms on the CPU: how a call is divided, the workspace, and the small operations on statistics.
+// Entry points of the channel norms on the CPU: how a call is divided, the workspace, and the merge of statistics of several ranks.
 // As for row norms, thread counts decide only who does the work; everything that shapes a sum is computed from the shape.
 
 #include "norms/channel_norm.h"
@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #include <vector>
 
 #include "core/dtypes.h"

@@ -36,6 +36,7 @@ void update_running_as(const RunningArgs& args) {
   const V images = V{} + static_cast<A>(args.images);
   const std::int64_t slabs = args.images * args.channels;
   const auto update = [&](void* running, std::int64_t c, auto extent, Pair<A> variance, auto term) __attribute__((always_inline)) {
+    if (running == nullptr) return;
     const Pair<A> sum = sum_terms(args.images, term);
     R* place = static_cast<R*>(running) + c;
     const Pair<A> old = load<R>(place, extent);

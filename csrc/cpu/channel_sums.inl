@@ -287,8 +287,8 @@ NORMEXT_INLINE void for_columns(const cpu::Parallel& parallel, std::int64_t colu
              [&](std::int64_t begin, std::int64_t end) { body(begin * kColumnsOfTask, smaller(end * kColumnsOfTask, columns)); });
 }
 
-// unit(i, extent) for the units of output values [begin, n) of at least n; n counts from the first that may be written. The last
-// unit begins earlier rather than being partial, so that some values are computed twice.
+// unit(i, extent) for units that cover output values [begin, n). The caller has written [0, begin), and the last unit may begin
+// there rather than be partial: some values are computed twice, which is why outputs may not overlap inputs.
 template <class A, class Unit>
 NORMEXT_INLINE void for_output_units(std::int64_t begin, std::int64_t n, Unit unit) {
   for (; n - begin >= kUnit<A>; begin += kUnit<A>) unit(begin, Whole{});

@@ -33,7 +33,8 @@ void merge_moments(const ChannelMergeArgs& args);
 void fixed_stats(const FixedStatsArgs& args);
 void update_running(const RunningArgs& args);
 
-// [batch, rows, cols] to [batch, cols, rows]; elements of 2, 4 or 8 bytes.
+// [batch, rows, cols] to [batch, cols, rows], at least kLeastTransposed of each; elements of 2, 4 or 8 bytes.
+constexpr std::int64_t kLeastTransposed = 32;
 void transpose(const void* from, void* to, std::int64_t batch, std::int64_t rows, std::int64_t cols, std::size_t element_bytes,
                const Parallel& parallel);
 

@@ -9,7 +9,7 @@ namespace normext {
 inline namespace NORMEXT_ISA {
 namespace {
 
-constexpr std::int64_t kTransposedBlock = 128;  // rows and columns of what one task takes: two blocks stay in L2
+constexpr std::int64_t kTransposedBlock = 128;  // rows and columns of what one task takes, or half of them and more
 
 template <class Element>
 struct WordsOf {  // of 4 or 8 bytes
@@ -40,6 +40,7 @@ struct Transposition {
   using V = typename WordsOf<Element>::type;
   static constexpr int kCols = sizeof(V) / sizeof(V{}[0]);  // of a tile
   static constexpr int kRows = sizeof(V) / sizeof(Element);
+  static_assert(kRows <= cpu::kLeastTransposed && kCols <= cpu::kLeastTransposed);
 
   const Element* from;
   Element* to;
@@ -61,14 +62,8 @@ struct Transposition {
 #pragma GCC unroll 16
     for (int i = 0; i < kCols; ++i) store_bytes(to + (col + i) * rows + row, v[i]);
   }
-  // The last tiles overlap those before; where there is no room for one, elements move one by one.
+  // The last tiles overlap those before.
   void block(std::int64_t row, std::int64_t last_row, std::int64_t col, std::int64_t last_col) const {
-    if (last_row - row < kRows || last_col - col < kCols) {
-      for (std::int64_t r = row; r < last_row; ++r) {
-        for (std::int64_t c = col; c < last_col; ++c) to[c * rows + r] = from[r * cols + c];
-      }
-      return;
-    }
     for (std::int64_t c = col; c < last_col; c += kCols) {
       for (std::int64_t r = row; r < last_row; r += kRows) tile(smaller(r, last_row - kRows), smaller(c, last_col - kCols));
     }

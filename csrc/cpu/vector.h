@@ -49,7 +49,7 @@ constexpr int kUnit = 2 * kLanes<A>;  // columns of one access
 
 // Fused multiply-add and square root of all lanes. As loops over lanes GCC 12 vectorises them in most contexts but not in all, and
 // where it does not a kernel takes four times as long.
-// The reciprocal of a float may be off by an ulp, and wants a between 2^-125 and 2^125.
+// The reciprocal of a float may be off by an ulp, and wants a between 2^-125 and 2^126.
 #if NORMEXT_VECTOR_BYTES == 64
 NORMEXT_INLINE __m512 fma_lanes(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 NORMEXT_INLINE __m512d fma_lanes(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }

@@ -16,7 +16,9 @@
 namespace normext {
 inline namespace NORMEXT_ISA {
 
-constexpr float kMostExponent = 87.0f;  // e^-87 is a normal float, and so is its reciprocal
+// e^x and e^-x are normal numbers up to here.
+template <class V>
+constexpr typename Math<V>::Scalar kMostExponent = Math<V>::kDouble ? 709.7 : 87.0f;
 
 // e^x to an ulp for |x| <= 87 (Cody and Waite's reduction; the polynomial is fitted to 2e-9), and for no other float.
 template <class V>
@@ -42,7 +44,7 @@ NORMEXT_INLINE V exponential(V x) {
 template <class V>
 NORMEXT_INLINE V exponential_or_zero(V x) {
   if constexpr (Math<V>::kDouble) return exponential<V>(x);
-  else return x < V{} - kMostExponent ? V{} : exponential<V>(x);
+  else return x < V{} - kMostExponent<V> ? V{} : exponential<V>(x);
 }
 
 // The normal distribution: density and cumulative probability.
@@ -92,7 +94,7 @@ NORMEXT_INLINE void switch_activation(Activation activation, Body body) {
   }
 }
 
-// e = e^-z and s = 1/(1 + e). Below -87 those of a float mean nothing, and zero_below() takes their place.
+// e = e^-z and s = 1/(1 + e); below -kMostExponent they mean nothing, and zero_below() takes their place.
 template <class V>
 struct Logistic {
   V e, s;
@@ -104,7 +106,7 @@ NORMEXT_INLINE Logistic<V> logistic(V z) {
 }
 template <class V>
 NORMEXT_INLINE V zero_below(V z, V value) {
-  return z < V{} - kMostExponent ? V{} : value;
+  return z < V{} - kMostExponent<V> ? V{} : value;
 }
 
 template <class V>

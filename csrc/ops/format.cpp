@@ -18,6 +18,7 @@ void copy_format(const Tensor& from, const Tensor& to) {
   const std::int64_t batch = from.sizes()[0], channels = from.sizes()[1];
   std::int64_t spatial = 1;
   for (int d = 2; d < from.ndim(); ++d) spatial *= from.sizes()[d];
+  if (channels < cpu::kLeastTransposed || spatial < cpu::kLeastTransposed) return copy(from, to);  // which is as fast there
   cpu::transpose(from.data(), to.mutable_data(), batch, to_planes ? spatial : channels, to_planes ? channels : spatial,
                  size_of(dtype), thread_pool());
 }
