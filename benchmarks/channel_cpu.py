@@ -37,7 +37,7 @@ def main():
         shapes = [shape for shape in grid.SHAPES if shape.name in args.shapes.split(",")]
     print(json.dumps({"machine": machine.describe(), "page_faults_per_mb": cpu.page_faults_per_mb()}), flush=True)
 
-    bench = timing.Bench(args.budget, args.patience, min_rounds=3 if args.quick else 5)
+    bench = timing.Bench(args.budget, args.patience, min_rounds=4 if args.quick else 6)
     for shape in shapes:
         for op in (grid.OPS[name] for name in args.ops.split(",")):
             if op.norm != shape.norm:

@@ -115,7 +115,7 @@ def main():
         shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]
     print(json.dumps({"machine": machine.describe(), "page_faults_per_mb": page_faults_per_mb()}), flush=True)
 
-    bench = timing.Bench(args.budget, args.patience, min_rounds=3 if args.quick else 5)
+    bench = timing.Bench(args.budget, args.patience, min_rounds=4 if args.quick else 6)
     for rows, cols in shapes:
         for kind in args.passes.split(","):
             for name in args.ops.split(","):
