@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <cstdlib>
 #include <cstring>
 
 namespace normext::ops {
@@ -29,6 +30,36 @@ void run_parallel(std::int64_t tasks, void (*body)(void*, std::int64_t, std::int
 bool forked = false;
 const bool watched = pthread_atfork(nullptr, nullptr, [] { forked = true; }) == 0;
 
+// A stack of workspaces. Pages that no call has needed yet are only reserved.
+class Scratch {
+ public:
+  ~Scratch() { std::free(base_); }
+
+  // Null where it does not fit.
+  void* take(std::size_t bytes, std::size_t* taken) {
+    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    if (bytes > kBytes - used_) return nullptr;
+    if (base_ == nullptr) base_ = static_cast<unsigned char*>(std::aligned_alloc(kAlignment, kBytes));
+    if (base_ == nullptr) return nullptr;
+    used_ += bytes;
+    *taken = bytes;
+    return base_ + used_ - bytes;
+  }
+
+  void give_back(std::size_t bytes) { used_ -= bytes; }
+
+ private:
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr std::size_t kBytes = 0;  // the allocator's memory has guards
+#else
+  static constexpr std::size_t kBytes = 1 << 20;
+#endif
+  static constexpr std::size_t kAlignment = 64;
+  unsigned char* base_ = nullptr;
+  std::size_t used_ = 0;
+};
+thread_local Scratch scratch;
+
 }  // namespace
 
 cpu::Parallel thread_pool() {
@@ -40,14 +71,16 @@ cpu::Parallel thread_pool() {
 
 Workspace::Workspace(std::size_t bytes, Device device) {
   if (bytes == 0) return;
-  if (device.is_cpu() && bytes <= sizeof(small_)) {
-    if (poisoned()) std::memset(small_, 0xff, sizeof(small_));  // NaN in every float type
-    address_ = small_;
+  if (device.is_cpu()) address_ = scratch.take(bytes, &scratch_bytes_);
+  if (address_ != nullptr) {
+    if (poisoned()) std::memset(address_, 0xff, scratch_bytes_);  // NaN in every float type
     return;
   }
   large_ = allocate({static_cast<std::int64_t>((bytes + 3) / 4)}, DType::kFloat32, device);
   address_ = large_.mutable_data();
 }
+
+Workspace::~Workspace() { scratch.give_back(scratch_bytes_); }
 
 #if !NORMEXT_WITH_CUDA && !NORMEXT_EMULATED
 void refuse_cuda() {

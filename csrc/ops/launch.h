@@ -11,14 +11,18 @@ namespace normext::ops {
 // torch's thread pool, as the CPU kernels see it.
 cpu::Parallel thread_pool();
 
-// Memory from torch's allocator, or from the stack for a small need of the CPU [0.4 us less].
+// Memory for the duration of a call. On the CPU a stretch of the thread's scratch memory, where that suffices: it is mapped and in
+// the cache. Otherwise from torch's allocator. Workspaces of a thread end in the reverse order of their beginnings.
 class Workspace {
  public:
   Workspace(std::size_t bytes, Device device);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
   void* address() { return address_; }
 
  private:
-  alignas(64) unsigned char small_[8192];
+  std::size_t scratch_bytes_ = 0;
   Tensor large_;
   void* address_ = nullptr;
 };
