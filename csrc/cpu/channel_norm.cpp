@@ -21,17 +21,17 @@ constexpr std::int64_t kResidentBytes =
     1 << 20;  // of input (and gradient) that are still in L2 when they are read again: half of it
 // Rows of a run in channels-last: as many as fit L2 comfortably, since a run is read twice, but enough that merging costs little
 // and no more than the 16 terms of an accumulator that takes 8 rows at a time. An image has 8 runs if it can, so that it can be
-// shared.
+// shared. [1280 channels of 8x8: runs of 16 rows take up to a fifth longer than of 32]
 constexpr std::int64_t kRunBytes = 64 * 1024;
-constexpr std::int64_t kLeastRun = 16;
-constexpr std::int64_t kShortRun = 32;
+constexpr std::int64_t kLeastRun = 32;
 constexpr std::int64_t kMostRun = 128;
 constexpr std::int64_t kRunsOfImage = 8;
 constexpr std::int64_t kRowGroup = 8;
 // Bytes of work, counted as in threads_for(), that sharing a call in channels-last must gain beyond those of any call: scalars of
-// all channels pass from core to core. Measured even at 50000 values of 64 channels and 100000 of 512.
+// all channels pass from core to core. Measured: even at 50000 values of 64 channels; of 1280, 63000 are better left to one thread
+// in a forward and shared in a backward.
 constexpr std::int64_t kSharingBytes = 240 * 1024;
-constexpr std::int64_t kSharingBytesOfChannel = 640;
+constexpr std::int64_t kSharingBytesOfChannel = 200;
 
 std::int64_t over(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
 std::int64_t padded(std::int64_t n) { return over(n, kMaxUnit) * kMaxUnit; }
@@ -58,7 +58,7 @@ std::int64_t piece_of(std::int64_t n, std::int64_t most, std::int64_t unit) { re
 
 std::int64_t run_rows(const ChannelShape& shape, DType dtype) {
   const std::int64_t row_bytes = shape.channels * static_cast<std::int64_t>(size_of(dtype));
-  const std::int64_t fit = std::clamp(kRunBytes / row_bytes, kShortRun, kMostRun);
+  const std::int64_t fit = std::clamp(kRunBytes / row_bytes, kLeastRun, kMostRun);
   return piece_of(shape.spatial, std::clamp(shape.spatial / kRunsOfImage, kLeastRun, fit), kRowGroup);
 }
 
