@@ -4,9 +4,10 @@ Contenders take turns, in an order that changes, so that slow drifts (clock, tem
 alike, and so does what the one before left in the caches; the speed-up is the median over rounds of the ratio within a
 round. A result lives until the next one is there, whoever computes it, as in a model: so outputs alternate between two
 blocks for every contender. Freed at once, a block is found again or not by chance, for hundreds of calls in a row, and
-with it the cache: up to 1.7 times the time for the same work. While a case runs, /proc/stat tells how much processor time went to others; a disturbed measurement is repeated,
-and the least disturbed attempt is kept together with its load. So is one in which a contender's median is far from its
-best: a virtual machine's host takes and gives memory without being seen in /proc/stat.
+with it the cache: up to 1.7 times the time for the same work. While a case runs, /proc/stat tells how much processor
+time went to others; a disturbed measurement is repeated, and the least disturbed attempt is kept together with its load.
+So is one in which a contender's median is far from its best: the host of a virtual machine takes and gives memory
+without being seen in /proc/stat.
 """
 
 import gc
