@@ -80,6 +80,7 @@ bench: build  ## every published figure, about 40 minutes on an idle machine
 	$(PYTHON) benchmarks/run.py
 
 gpu-check: environment  ## on a GPU machine: suite, graph capture, sanitizers, benchmarks; results in $OUT
+	$(PYTHON) -c "import pytest" || $(GROUP) test
 	$(PYTHON) tests/gpu_check.py $(OUT)
 
 kernels: export NORMEXT_CUDA = 1

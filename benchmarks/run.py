@@ -85,7 +85,7 @@ def accuracy_section(options):
     listed = child("accuracy.py")[0]
     for backend in [*listed, {"name": "torch", "env": {}}]:
         rows += child("accuracy.py", "--backend", backend["name"], *quick, env=backend["env"])
-    return {"cases": rows}, None
+    return {"cases": rows, "runs": 1}, None
 
 
 def section(name, options):
@@ -123,7 +123,8 @@ def main():
     for name in options.sections.split(","):
         start = time.time()
         sections[name], seen = section(name, options)
-        sections[name] |= machine.stamp(command.strip()) | {"runs": options.runs, "minutes": (time.time() - start) / 60}
+        about = {"runs": options.runs, "minutes": (time.time() - start) / 60} | machine.stamp(command.strip())
+        sections[name] = about | sections[name]
         described = described or seen
         print(f"{name}: {sections[name]['minutes']:.1f} minutes", file=sys.stderr)
 

@@ -214,10 +214,9 @@ def batch_norm(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """Normalises every channel over the batch and all positions; a drop-in for :func:`torch.nn.functional.batch_norm`, with
+    """Normalises every channel over the batch and all positions; a drop-in for :func:`torch.nn.functional.batch_norm`.
 
-    ``output = activation(norm(input) * weight + bias + residual)``, computed in float32 (float64 for float64 input) and rounded
-    once.
+    Computes ``output = activation(norm(input) * weight + bias + residual)`` in float32 (float64 for float64 input), rounded once.
 
     Args:
         input: ``[N, C, *]``, float32, float64, float16 or bfloat16, any strides; channels-last is computed as it lies.
@@ -225,7 +224,7 @@ def batch_norm(
             it is what is subtracted.
         running_var: likewise, of the unbiased variance.
         weight: ``[C]`` or None, of input's dtype, or float32 with 16-bit input; the running statistics too.
-        bias: like weight; each may be given without the other.
+        bias: like weight; each may be given without the other. Parameters and running statistics are of one dtype.
         training: whether the statistics are those of the batch.
         momentum: the share of the batch in the running statistics.
         eps: added to the variance, so in squared units of the input.

@@ -59,7 +59,7 @@ class _Unfoldable(Exception):
     """Why a batch norm stays."""
 
 
-def fold_batch_norm(model: nn.Module, example_inputs: Any = None) -> FoldReport:
+def fold_batch_norm(model: nn.Module, example: Any = None) -> FoldReport:
     """Folds every BatchNorm that follows a convolution or Linear into that layer, in place. For models in eval mode.
 
     With scale = weight / sqrt(running_var + eps) the layer's weight becomes weight * scale per output channel, its bias
@@ -72,14 +72,14 @@ def fold_batch_norm(model: nn.Module, example_inputs: Any = None) -> FoldReport:
 
     What the model calls is found with `torch.fx`. A submodule that cannot be traced is a leaf of its parent's graph, and
     its children are traced by themselves, down to an `nn.Sequential`. What code that cannot be traced does besides calling
-    such children as a whole, for instance walk through one and keep an intermediate result, only `example_inputs` can
+    such children as a whole, for instance walk through one and keep an intermediate result, only an example can
     tell. With an example the model is taken to be called like that later on, with the same arguments and the same values
     of those that hold no tensor; without one, each argument with a default may be given or not.
 
     Refused, with a reason in the report: a layer whose output anything but the norm uses, a norm whose input is not the
     output of a layer, modules that are called more than once, shared, hooked, parametrised, scripted, lazy or with state
     of their own, tied parameters and such that other code uses, norms without running statistics, and results that the
-    dtype cannot hold. Linear + BatchNorm1d needs `example_inputs`: of a 3-D input the norm's channels are not the
+    dtype cannot hold. Linear + BatchNorm1d needs an example: of a 3-D input the norm's channels are not the
     Linear's outputs. Convolutions without an example are taken to be called with a batch dimension.
 
     Each pair is tried out on a random batch in float64, and the whole model on the example inputs. What does not give
@@ -88,7 +88,7 @@ def fold_batch_norm(model: nn.Module, example_inputs: Any = None) -> FoldReport:
 
     Args:
         model: any module in eval mode.
-        example_inputs: what the model is run on, without gradients, before and after: a mapping is passed as keyword
+        example: what the model is run on, without gradients, before and after: a mapping is passed as keyword
             arguments, a tuple or list as positional ones, anything else as the one argument; always a copy. If the model
             raises on it, the exception passes through and nothing has changed.
 
@@ -96,7 +96,7 @@ def fold_batch_norm(model: nn.Module, example_inputs: Any = None) -> FoldReport:
         A `FoldReport`.
 
     Raises:
-        ValueError: a batch norm is in training mode, or the model returns no tensor for example_inputs.
+        ValueError: a batch norm is in training mode, or the model returns no tensor for the example.
     """
     norms = {name: module for name, module in model.named_modules() if is_batch_norm(module)}
     for name, norm in norms.items():
@@ -106,13 +106,13 @@ def fold_batch_norm(model: nn.Module, example_inputs: Any = None) -> FoldReport:
     if not norms:
         return FoldReport((), ())
     with torch.no_grad():
-        return _fold(model, norms, example_inputs)
+        return _fold(model, norms, example)
 
 
 def _fold(model: nn.Module, norms: dict[str, nn.Module], example: Any) -> FoldReport:
     before, dims = (None, {}) if example is None else _run(model, example, norms.values())
     if before == []:
-        raise ValueError("fold_batch_norm: expected the model to return tensors for example_inputs, got none")
+        raise ValueError("fold_batch_norm: expected the model to return tensors for the example, got none")
     context = _Context(model, example, dims)
     pairs: dict[str, _Pair] = {}
     reasons: dict[str, str] = {}
@@ -194,7 +194,7 @@ def _pair(norm: Any, context: _Context) -> _Pair:
         raise _Unfoldable("without running statistics it normalizes with those of the batch")
     dims = context.dims.get(norm, set())
     if isinstance(layer, nn.Linear) and not dims:
-        raise _Unfoldable("after Linear its channels depend on the input's dimensions: pass example_inputs that run it")
+        raise _Unfoldable("after Linear its channels depend on the input's dimensions: pass an example that runs it")
     if not dims <= {layer.weight.dim()}:
         raise _Unfoldable(f"with a {max(dims)}-D input its channels are not its layer's outputs")
     try:

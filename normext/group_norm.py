@@ -135,15 +135,15 @@ def group_norm(
     *,
     activation: str | None = None,
 ) -> Tensor:
-    """Normalises groups of channels of every image; a drop-in for :func:`torch.nn.functional.group_norm`, with
+    """Normalises groups of channels of every image; a drop-in for :func:`torch.nn.functional.group_norm`.
 
-    ``output = activation(norm(input) * weight + bias)``, computed in float32 (float64 for float64 input) and rounded once.
+    Computes ``output = activation(norm(input) * weight + bias)`` in float32 (float64 for float64 input), rounded once.
 
     Args:
         input: ``[N, C, *]``, float32, float64, float16 or bfloat16, any strides; channels-last is computed as it lies.
         num_groups: how many groups of consecutive channels there are; divides ``C``.
         weight: ``[C]`` or None, of input's dtype, or float32 with 16-bit input.
-        bias: like weight; each may be given without the other.
+        bias: like weight and of its dtype; each may be given without the other.
         eps: added to the variance, so in squared units of the input.
         activation: None, "relu", "silu", "gelu" (the exact one) or "leaky_relu" (slope 0.01).
 
@@ -236,7 +236,8 @@ def eager(
 class GroupNorm(nn.GroupNorm):
     """:class:`torch.nn.GroupNorm`, computed by :func:`normext.group_norm`: same arguments, parameters and state_dict.
 
-    Input ``[N, C, *]``, contiguous or channels-last; output of the same shape, dtype and format.
+    Input ``[N, C, *]``, contiguous or channels-last; output of the same shape, dtype (float32 under CUDA autocast) and
+    format.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -25,17 +25,17 @@ def instance_norm(
     *,
     activation: str | None = None,
 ) -> Tensor:
-    """Normalises every channel of every image; a drop-in for :func:`torch.nn.functional.instance_norm`, with
+    """Normalises every channel of every image; a drop-in for :func:`torch.nn.functional.instance_norm`.
 
-    ``output = activation(norm(input) * weight + bias)``, computed in float32 (float64 for float64 input) and rounded once.
+    Computes ``output = activation(norm(input) * weight + bias)`` in float32 (float64 for float64 input), rounded once.
 
     Args:
-        input: ``[N, C, *]``, float32, float64, float16 or bfloat16, any strides.
+        input: ``[N, C, *]``, float32, float64, float16 or bfloat16, any strides; channels-last is copied, as in torch.
         running_mean: ``[C]`` or None. With ``use_input_stats`` it becomes ``(1 - momentum) * running_mean + momentum * mean``,
             where mean is averaged over the images; without, it is what is subtracted.
         running_var: likewise, of the unbiased variance.
         weight: ``[C]`` or None, of input's dtype, or float32 with 16-bit input; the running statistics too.
-        bias: like weight; each may be given without the other.
+        bias: like weight; each may be given without the other. Parameters and running statistics are of one dtype.
         use_input_stats: whether the statistics are those of the image.
         momentum: the share of the input in the running statistics.
         eps: added to the variance, so in squared units of the input.

@@ -152,7 +152,7 @@ def layer_norm(
         input: ``[*, *normalized_shape]``, float32, float64, float16 or bfloat16, any strides.
         normalized_shape: the sizes of the normalised dimensions.
         weight: ``normalized_shape`` or None, of input's dtype, or float32 with 16-bit input.
-        bias: like weight; each may be given without the other.
+        bias: like weight and of its dtype; each may be given without the other.
         eps: added to the variance, so in squared units of the input.
 
     Returns:
@@ -310,7 +310,7 @@ def _add_unfused(
 class LayerNorm(nn.LayerNorm):
     """:class:`torch.nn.LayerNorm`, computed by :func:`normext.layer_norm`: same arguments, parameters and state_dict.
 
-    Input ``[*, *normalized_shape]``, output contiguous and of the same shape and dtype.
+    Input ``[*, *normalized_shape]``, output contiguous and of the same shape and dtype (float32 under CUDA autocast).
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -394,7 +394,8 @@ def fused_add_rms_norm_(input: Tensor, residual: Tensor, weight: Tensor, eps: fl
         RuntimeError: if grad mode is on and an argument requires grad (use add_rms_norm); if input or residual overlaps
             itself, the other or weight; if shapes, dtypes or devices do not match.
 
-    Source: vLLM's fused_add_rms_norm, with the statistics of the rounded sum, as in Hugging Face transformers.
+    Source: vLLM's fused_add_rms_norm, with the statistics of the rounded sum, as in Hugging Face transformers, and one rounding at
+    the end: where those libraries round at other places, bits differ.
     """
     if has_torch_function_variadic(input, residual, weight):
         handle_torch_function(fused_add_rms_norm_, (input, residual, weight), input, residual, weight, eps)
@@ -423,8 +424,8 @@ def fused_add_rms_norm_(input: Tensor, residual: Tensor, weight: Tensor, eps: fl
 class RMSNorm(nn.RMSNorm):
     """:class:`torch.nn.RMSNorm`, computed by :func:`normext.rms_norm`: same arguments, parameters and state_dict.
 
-    Input ``[*, *normalized_shape]``, output of the same shape. The keyword-only extras are those of rms_norm; the weight
-    starts at ``1 - weight_offset``, so that a new layer scales by 1.
+    Input ``[*, *normalized_shape]``, output of the same shape, dtype as in rms_norm. The keyword-only extras are those of rms_norm;
+    the weight starts at ``1 - weight_offset``, so that a new layer scales by 1. Raises ValueError for an unknown rounding.
     """
 
     weight_offset: float = 0.0

@@ -1,7 +1,8 @@
 """SyncBatchNorm: BatchNorm whose statistics are those of all processes of a group, over torch.distributed.
 
 Forward: one all_gather of every rank's moments and count, merged in rank order, so that all ranks hold the same bits.
-Backward: one all_reduce of sum(dz) and sum(dz * xhat). Nothing waits for the device, so steps can be captured in a CUDA graph."""
+Backward: one all_reduce of sum(dz) and sum(dz * xhat). Nothing waits for the device, so that steps can be captured in a
+CUDA graph (not yet tried on a GPU)."""
 
 from typing import Any, cast
 
@@ -135,8 +136,8 @@ class _SyncBatchNorm(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """:class:`torch.nn.SyncBatchNorm`, computed by normext's kernels: same arguments, buffers and state_dict; works on CPU (gloo)
-    as on CUDA (NCCL), and keeps channels-last.
+    """:class:`torch.nn.SyncBatchNorm`, computed by normext's kernels: same arguments, buffers and state_dict; works on the CPU
+    (gloo) and on CUDA (NCCL; not yet run on a GPU), and keeps channels-last.
 
     Input ``[N, C, *]``, output of the same shape, dtype and format. In training, statistics are those of all ranks of
     ``process_group``, bitwise equal on each; ranks may hold different numbers of images, none included, or a single value. Without
@@ -144,8 +145,13 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     parameters are those of this rank's share, as in torch: DistributedDataParallel averages them (and refuses SyncBatchNorm
     modules on the CPU, by their class). It has a first derivative only.
 
+    Input float32, float64, float16 or bfloat16; parameters and running statistics of its dtype, or float32 with 16-bit input.
+
     Raises:
-        What torch's module raises, but none on CPU tensors.
+        ValueError: in torch's words, for fewer than 2 dimensions or no channels.
+        RuntimeError: for dtypes or sizes that do not fit together. CPU tensors are accepted, unlike by torch's module.
+
+    Source: Ioffe and Szegedy, "Batch Normalization", 2015, over the batches of all ranks.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # A part of the suite that reaches every kernel tier at small sizes: the sanitizer slows kernels 10 to 100 times.
-SANITIZED_TESTS = ["tests/test_exact.py", "tests/test_layouts.py"]
+SANITIZED_TESTS = ["test_exact.py", "test_layouts.py", "test_channel_exact.py", "test_channel_layouts.py"]
 SANITIZERS = {"memcheck": 600, "racecheck": 600, "synccheck": 300, "initcheck": 300}  # seconds at most
 
 GRAPH = """
@@ -25,27 +25,55 @@ functions = {
     "add_layer_norm": lambda x, r, w: normext.add_layer_norm(x, r, w.shape, w, w),
     "add_rms_norm": lambda x, r, w: normext.add_rms_norm(x, r, w.shape, w),
 }
+channel_functions = {
+    "batch_norm": lambda x, r, w: normext.batch_norm(x, None, None, w, w, True),
+    "add_batch_norm": lambda x, r, w: normext.batch_norm(x, None, None, w, w, True, residual=r, activation="relu"),
+    "group_norm": lambda x, r, w: normext.group_norm(x, 8, w, w, activation="silu"),
+    "instance_norm": lambda x, r, w: normext.instance_norm(x, None, None, w, w),
+}
 def flat(result):
     return result if isinstance(result, tuple) else (result,)
+def check(name, function, x, r, w):
+    def step():
+        outputs = flat(function(x, r, w))
+        inputs = [t for t in (x, r, w) if t is not r or name.startswith("add")]
+        return [*outputs, *torch.autograd.grad(sum(o.sum() for o in outputs), inputs)]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.normal_(), r.normal_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True)), (name, x.shape)
+    print("captured and replayed", name, list(x.shape))
+def leaf(*shape):
+    return torch.randn(shape, device="cuda")
 for name, function in functions.items():
     for cols in (64, 1000, 4096, 65536):
-        x, r, w = (torch.randn(shape, device="cuda", requires_grad=True) for shape in ((64, cols), (64, cols), (cols,)))
-        def step():
-            outputs = flat(function(x, r, w))
-            inputs = [t for t in (x, r, w) if t is not r or name.startswith("add")]
-            return [*outputs, *torch.autograd.grad(sum(o.sum() for o in outputs), inputs)]
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
-        with torch.no_grad():
-            x.normal_(), r.normal_()
-        graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True)), (name, cols)
-        print("captured and replayed", name, cols)
+        check(name, function, *(t.requires_grad_() for t in (leaf(64, cols), leaf(64, cols), leaf(cols))))
+for name, function in channel_functions.items():
+    for shape in ((8, 64, 7, 7), (2, 64, 56, 56), (1, 64, 512, 512)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x, r = (leaf(*shape).to(memory_format=layout).requires_grad_() for _ in range(2))
+            check(name, function, x, r, leaf(64).requires_grad_())
+# The momentum of a cumulative average is computed where the count lies, so replays must go on counting.
+norm = normext.BatchNorm2d(64, momentum=None, device="cuda")
+eager = normext.BatchNorm2d(64, momentum=None, device="cuda")
+x = leaf(8, 64, 7, 7)
+graph = torch.cuda.CUDAGraph()
+norm(x), eager(x)
+with torch.cuda.graph(graph):
+    norm(x)
+for _ in range(3):
+    x.normal_()
+    graph.replay()
+    eager(x)
+assert torch.equal(norm.running_mean, eager.running_mean) and torch.equal(norm.running_var, eager.running_var)
+print("running statistics of replays are those of calls")
 """
 
 
@@ -112,7 +140,8 @@ def main():
             prefix = [sanitizer, "--tool", tool, "--error-exitcode", "99", "--target-processes", "application-only"]
             # One ordinary process, without torch's caching allocator, which would hide accesses beyond a tensor.
             alone = {"NORMEXT_TEST_BACKEND": "cuda", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            check.run(f"sanitizer {tool}", [*prefix, *tests, "-x", *SANITIZED_TESTS], limit, **alone)
+            files = [ROOT / "tests" / name for name in SANITIZED_TESTS]
+            check.run(f"sanitizer {tool}", [*prefix, *tests, "-x", *files], limit, **alone)
     check.run("benchmarks", [sys.executable, "benchmarks/gpu.py", "--output", check.out])
     sys.exit(not check.finish())
 

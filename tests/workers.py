@@ -221,6 +221,11 @@ def failure(nodeid, text):
     return pytest.TestReport(nodeid, location, {}, "failed", text, "call", [], 0.0)
 
 
+def _means(word, backend, found):
+    """A back end's name, or part of the names of several."""
+    return word == backend.name if any(word == other.name for other in found) else word in backend.name
+
+
 def install(config):
     """Called by conftest.py: makes this process a controller, a reporting worker or, for debugging, neither."""
     name = os.environ.get("NORMEXT_TEST_BACKEND")
@@ -229,7 +234,7 @@ def install(config):
             return backends.HOST
         wanted = config.getoption("--backend")
         found = backends.available()
-        chosen = [backend for backend in found if not wanted or any(word in backend.name for word in wanted.split(","))]
+        chosen = [backend for backend in found if not wanted or any(_means(word, backend, found) for word in wanted.split(","))]
         if not chosen:
             raise pytest.UsageError(f"--backend {wanted}: this machine has {', '.join(b.name for b in found)}")
         config.pluginmanager.register(Controller(config, chosen), "normext-controller")

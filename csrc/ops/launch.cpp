@@ -30,10 +30,28 @@ void run_parallel(std::int64_t tasks, void (*body)(void*, std::int64_t, std::int
 bool forked = false;
 const bool watched = pthread_atfork(nullptr, nullptr, [] { forked = true; }) == 0;
 
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kGuarded = true;
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+constexpr bool kGuarded = true;
+#else
+constexpr bool kGuarded = false;
+#endif
+#else
+constexpr bool kGuarded = false;
+#endif
+
+// Calls that a thread makes while it ends, from destructors of its own, come after that of its scratch memory.
+thread_local bool scratch_ended = false;
+
 // A stack of workspaces. Pages that no call has needed yet are only reserved.
 class Scratch {
  public:
-  ~Scratch() { std::free(base_); }
+  ~Scratch() {
+    scratch_ended = true;
+    std::free(base_);
+  }
 
   // Null where it does not fit.
   void* take(std::size_t bytes, std::size_t* taken) {
@@ -49,12 +67,8 @@ class Scratch {
   void give_back(std::size_t bytes) { used_ -= bytes; }
 
  private:
-#ifdef __SANITIZE_ADDRESS__
-  static constexpr std::size_t kBytes = 0;  // the allocator's memory has guards
-#else
-  static constexpr std::size_t kBytes = 1 << 20;
-#endif
   static constexpr std::size_t kAlignment = 64;
+  static constexpr std::size_t kBytes = kGuarded ? 0 : 1 << 20;  // an address sanitizer watches the allocator's memory only
   unsigned char* base_ = nullptr;
   std::size_t used_ = 0;
 };
@@ -71,7 +85,7 @@ cpu::Parallel thread_pool() {
 
 Workspace::Workspace(std::size_t bytes, Device device) {
   if (bytes == 0) return;
-  if (device.is_cpu()) address_ = scratch.take(bytes, &scratch_bytes_);
+  if (device.is_cpu() && !scratch_ended) address_ = scratch.take(bytes, &scratch_bytes_);
   if (address_ != nullptr) {
     if (poisoned()) std::memset(address_, 0xff, scratch_bytes_);  // NaN in every float type
     return;
@@ -80,7 +94,9 @@ Workspace::Workspace(std::size_t bytes, Device device) {
   address_ = large_.mutable_data();
 }
 
-Workspace::~Workspace() { scratch.give_back(scratch_bytes_); }
+Workspace::~Workspace() {
+  if (scratch_bytes_ != 0) scratch.give_back(scratch_bytes_);
+}
 
 #if !NORMEXT_WITH_CUDA && !NORMEXT_EMULATED
 void refuse_cuda() {

@@ -12,7 +12,8 @@ namespace normext::ops {
 cpu::Parallel thread_pool();
 
 // Memory for the duration of a call. On the CPU a stretch of the thread's scratch memory, where that suffices: it is mapped and in
-// the cache. Otherwise from torch's allocator. Workspaces of a thread end in the reverse order of their beginnings.
+// the cache. Otherwise from torch's allocator. Scratch memory, at most 1 MB, stays until its thread ends. Workspaces of a thread
+// end in the reverse order of their beginnings.
 class Workspace {
  public:
   Workspace(std::size_t bytes, Device device);
