@@ -1,7 +1,8 @@
 // Channel norms backward on [batch, spatial, channels] for one instruction set, vectorised over channels.
 //
 // Runs of rows give sum(dz) and sum(dz*xhat) per channel; runs are added per image, then images for the parameter gradients, and
-// channels of a group for its means. dx and dz are formed from the input once more, a few rows at a time.
+// channels of a group for its means. dx and dz are formed from the input once more, a few rows at a time. With
+// fixed statistics they are formed in the first pass.
 // plan.partial: sums [2, batch * pieces, padded]; plan.merged: the same of whole images; plan.rows: [batch, 5, padded], hi, lo,
 // rstd and the means of g and g*xhat of each channel; plan.params: [4, padded], weight, bias, sums over all images. rows, weight
 // and bias are in the order of T (vector.h).
@@ -26,6 +27,7 @@ struct LastBackward {
   const ChannelShape& shape = args.shape;
   const std::int64_t channels = shape.channels;
   const std::int64_t padded = plan.padded;
+  const bool second_pass = wants_second_pass(args);
   const T* const input = static_cast<const T*>(args.input);
   const T* const grad_output = static_cast<const T*>(args.grad_output);
   const T* const residual = static_cast<const T*>(args.residual);
@@ -45,7 +47,26 @@ struct LastBackward {
     return {{row.a, row.b}, Packed<A>::read(params + c).unpack(), Packed<A>::read(params + padded + c).unpack()};
   }
 
-  // Sums of runs [begin, end) of all images.
+  // dz and dx of one unit; the means are those of g and g*xhat.
+  template <bool kFixed, class Extent>
+  NORMEXT_INLINE void store_values(std::int64_t i, const Unit& unit, Pair<A> dz, Pair<A> xhat, const Pair<A> (&means)[2],
+                                   Extent extent) const {
+    T* grad_input = static_cast<T*>(args.grad_input);
+    T* grad_residual = static_cast<T*>(args.grad_residual);
+    if (grad_residual != nullptr) store<T>(grad_residual + i, dz, extent);
+    if (grad_input == nullptr) return;
+    Pair<A> dx = {dz.a * unit.weight.a, dz.b * unit.weight.b};
+    if constexpr (kFixed) {
+      dx = {dx.a * unit.slab[0].rstd, dx.b * unit.slab[1].rstd};
+    } else {
+      dx = {LayerNorm::gradient(dx.a, xhat.a, unit.slab[0], means[0].a, means[1].a),
+            LayerNorm::gradient(dx.b, xhat.b, unit.slab[1], means[0].b, means[1].b)};
+    }
+    store<T>(grad_input + i, dx, extent);
+  }
+
+  // Sums of runs [begin, end) of all images; with kValues dx and dz, too, which need no sums then.
+  template <bool kValues>
   __attribute__((noinline)) void sums(std::int64_t begin, std::int64_t end) const {
     const std::int64_t table = shape.batch * plan.pieces * padded;
     for (; begin < end; ++begin) {
@@ -63,6 +84,7 @@ struct LastBackward {
             Pair<A> xhat[1] = {load<T>(input + i, extent)}, dz[1] = {load<T>(grad_output + i, extent)};
             const T* const extra[1] = {at(residual, i)};
             backward_units<T, kFused>(args.activation, extra, unit.slab, unit.weight, unit.bias, xhat, dz, extent);
+            if constexpr (kValues) store_values<true>(i, unit, dz[0], xhat[0], {}, extent);
             sum = sum + dz[0];
             sum_x = {fma(dz[0].a, xhat[0].a, sum_x.a), fma(dz[0].b, xhat[0].b, sum_x.b)};
           }
@@ -81,6 +103,10 @@ struct LastBackward {
         }
       }
     }
+  }
+  void sums_of(std::int64_t begin, std::int64_t end) const {
+    if (wants_values(args) && !second_pass) sums<true>(begin, end);
+    else sums<false>(begin, end);
   }
   // Sums of an image from those of its runs.
   void merge_runs(std::int64_t image, std::int64_t begin, std::int64_t end) const {
@@ -113,10 +139,8 @@ struct LastBackward {
   NORMEXT_INLINE void value_units(std::int64_t first, const A* rows, std::int64_t c, Extent extent) const {
     constexpr bool kInput = kFused || !kFixed;
     const Unit unit = unit_of(rows, c);
-    T* grad_input = static_cast<T*>(args.grad_input);
-    T* grad_residual = static_cast<T*>(args.grad_residual);
     const T* extra[kRows];
-    Pair<A> xhat[kRows], dz[kRows];
+    Pair<A> xhat[kRows] = {}, dz[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const std::int64_t i = first + r * channels + c;
@@ -129,27 +153,13 @@ struct LastBackward {
     if constexpr (kInput) {
       backward_units<T, kFused, kRows>(args.activation, extra, unit.slab, unit.weight, unit.bias, xhat, dz, extent);
     }
-    if (grad_residual != nullptr) {
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) store<T>(grad_residual + first + r * channels + c, dz[r], extent);
-    }
-    if (grad_input == nullptr) return;
-    Pair<A> mean_g = {}, mean_gx = {};
+    Pair<A> means[2] = {};
     if constexpr (!kFixed) {
-      mean_g = Packed<A>::read(rows + 3 * padded + c).unpack();
-      mean_gx = Packed<A>::read(rows + 4 * padded + c).unpack();
+      means[0] = Packed<A>::read(rows + 3 * padded + c).unpack();
+      means[1] = Packed<A>::read(rows + 4 * padded + c).unpack();
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      Pair<A> dx = {dz[r].a * unit.weight.a, dz[r].b * unit.weight.b};
-      if constexpr (kFixed) {
-        dx = {dx.a * unit.slab[0].rstd, dx.b * unit.slab[1].rstd};
-      } else {
-        dx = {LayerNorm::gradient(dx.a, xhat[r].a, unit.slab[0], mean_g.a, mean_gx.a),
-              LayerNorm::gradient(dx.b, xhat[r].b, unit.slab[1], mean_g.b, mean_gx.b)};
-      }
-      store<T>(grad_input + first + r * channels + c, dx, extent);
-    }
+    for (int r = 0; r < kRows; ++r) store_values<kFixed>(first + r * channels + c, unit, dz[r], xhat[r], means, extent);
   }
 
   // dx and dz of rows [begin, end) of all images.
@@ -171,8 +181,7 @@ struct LastBackward {
     }
   }
   void values_of(std::int64_t begin, std::int64_t end) const {
-    // Without an input gradient the means do not exist.
-    if (args.fixed_stats || args.grad_input == nullptr) values<true>(begin, end);
+    if (values_need_no_sums(args)) values<true>(begin, end);
     else values<false>(begin, end);
   }
 
@@ -180,18 +189,18 @@ struct LastBackward {
     for (std::int64_t image = begin; image < end; ++image) {
       prepare_rows<T>(args, image, rows_of(image), padded);
       if (wants_sums(args)) {
-        sums(image * plan.pieces, (image + 1) * plan.pieces);
+        sums_of(image * plan.pieces, (image + 1) * plan.pieces);
         merge_runs(image, 0, channels);
       }
       if (wants_means(args)) means(image);
-      if (wants_values(args)) values_of(image * shape.spatial, (image + 1) * shape.spatial);
+      if (second_pass) values_of(image * shape.spatial, (image + 1) * shape.spatial);
     }
   }
 
   void in_phases() const {
     for (std::int64_t image = 0; image < shape.batch; ++image) prepare_rows<T>(args, image, rows_of(image), padded);
     if (wants_sums(args)) {
-      for_ranges(plan.parallel, shape.batch * plan.pieces, [&](std::int64_t begin, std::int64_t end) { sums(begin, end); });
+      for_ranges(plan.parallel, shape.batch * plan.pieces, [&](std::int64_t begin, std::int64_t end) { sums_of(begin, end); });
       for (std::int64_t image = 0; image < shape.batch; ++image) {
         for_columns(plan.parallel, channels, channels * plan.pieces,
                     [&](std::int64_t begin, std::int64_t end) { merge_runs(image, begin, end); });
@@ -200,7 +209,7 @@ struct LastBackward {
     if (wants_means(args)) {
       for (std::int64_t image = 0; image < shape.batch; ++image) means(image);
     }
-    if (!wants_values(args)) return;
+    if (!second_pass) return;
     const std::int64_t rows = shape.batch * shape.spatial;
     const std::int64_t fit = kBytesOfTask / (channels * static_cast<std::int64_t>(sizeof(T))) / kApplyRows * kApplyRows;
     const std::int64_t task = fit < kApplyRows ? kApplyRows : fit;

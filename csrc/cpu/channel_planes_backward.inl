@@ -1,7 +1,8 @@
 // Channel norms backward on [batch, channels, spatial] for one instruction set.
 //
 // Each plane gives sum(dz) and sum(dz*xhat), plane by plane or, where planes are long, segment by segment. From these come the
-// means of a slab and the parameter gradients; then dx and dz are formed from the input once more, cut anywhere. plan.partial: sums
+// means of a slab and the parameter gradients; then dx and dz are formed from the input once more, cut anywhere. With fixed
+// statistics they are formed in the first pass. plan.partial: sums
 // [2, planes * pieces]; plan.merged: the same of whole planes; plan.rows: means [2, slabs] of g and g*xhat; plan.params: sums [2,
 // channels] over all images.
 #pragma once
@@ -54,6 +55,7 @@ struct PlanesBackward {
   A* const totals = static_cast<A*>(plan.params);
   const Parameter<T> weight = weight_of<T>(args);
   const Parameter<T> bias = bias_of<T>(args);
+  const bool second_pass = wants_second_pass(args);
 
   struct Plane {
     CentredRow<V> slab[2];
@@ -65,7 +67,26 @@ struct PlanesBackward {
     return {{wide, wide}, both<A>(V{} + weight[cursor.channel]), both<A>(V{} + bias[cursor.channel])};
   }
 
-  // Sums of segments [begin, end), in the order of memory.
+  // dz and dx of one unit.
+  template <bool kFixed, class Extent>
+  NORMEXT_INLINE void store_values(std::int64_t i, const Plane& plane, Pair<A> dz, Pair<A> xhat, A mean_g, A mean_gx,
+                                   Extent extent) const {
+    T* grad_input = static_cast<T*>(args.grad_input);
+    T* grad_residual = static_cast<T*>(args.grad_residual);
+    if (grad_residual != nullptr) store<T>(grad_residual + i, dz, extent);
+    if (grad_input == nullptr) return;
+    Pair<A> dx = {dz.a * plane.weight.a, dz.b * plane.weight.b};
+    if constexpr (kFixed) {
+      dx = {dx.a * plane.slab[0].rstd, dx.b * plane.slab[1].rstd};
+    } else {
+      dx = {LayerNorm::gradient(dx.a, xhat.a, plane.slab[0], V{} + mean_g, V{} + mean_gx),
+            LayerNorm::gradient(dx.b, xhat.b, plane.slab[1], V{} + mean_g, V{} + mean_gx)};
+    }
+    store<T>(grad_input + i, dx, extent);
+  }
+
+  // Sums of segments [begin, end), in the order of memory; with kValues their dx and dz, too, which need no sums then.
+  template <bool kValues>
   __attribute__((noinline)) void sums(std::int64_t begin, std::int64_t end) const {
     A* partial = static_cast<A*>(plan.partial);
     const std::int64_t table = planes * plan.pieces;
@@ -86,6 +107,7 @@ struct PlanesBackward {
               Pair<A> dz[1] = {load<T>(grad_output + first + column, extent)};
               const T* const extra[1] = {at(residual, first + column)};
               backward_units<T, kFused>(args.activation, extra, plane.slab, plane.weight, plane.bias, xhat, dz, extent);
+              if constexpr (kValues) store_values<true>(first + column, plane, dz[0], xhat[0], 0, 0, extent);
               const Pair<A> x = keep<T>(xhat[0], extent);
               const Pair<A> g = kFused ? keep<T>(dz[0], extent) : dz[0];
               s.of[0] = s.of[0] + g;
@@ -104,6 +126,10 @@ struct PlanesBackward {
       }
       begin += count;
     }
+  }
+  void sums_of(std::int64_t begin, std::int64_t end) const {
+    if (wants_values(args) && !second_pass) sums<true>(begin, end);
+    else sums<false>(begin, end);
   }
   // Sums of planes [begin, end) from those of their segments.
   void merge_planes(std::int64_t begin, std::int64_t end) const {
@@ -141,10 +167,8 @@ struct PlanesBackward {
   template <bool kFixed, int kUnits, class Extent>
   NORMEXT_INLINE void value_units(std::int64_t i, const Plane& plane, A mean_g, A mean_gx, Extent extent) const {
     constexpr bool kInput = kFused || !kFixed;
-    T* grad_input = static_cast<T*>(args.grad_input);
-    T* grad_residual = static_cast<T*>(args.grad_residual);
     const T* extra[kUnits];
-    Pair<A> xhat[kUnits], dz[kUnits];
+    Pair<A> xhat[kUnits] = {}, dz[kUnits];
 #pragma GCC unroll 2
     for (int u = 0; u < kUnits; ++u) {
       extra[u] = at(residual, i + u * kUnit<A>);
@@ -154,22 +178,8 @@ struct PlanesBackward {
     if constexpr (kInput) {
       backward_units<T, kFused, kUnits>(args.activation, extra, plane.slab, plane.weight, plane.bias, xhat, dz, extent);
     }
-    if (grad_residual != nullptr) {
 #pragma GCC unroll 2
-      for (int u = 0; u < kUnits; ++u) store<T>(grad_residual + i + u * kUnit<A>, dz[u], extent);
-    }
-    if (grad_input == nullptr) return;
-#pragma GCC unroll 2
-    for (int u = 0; u < kUnits; ++u) {
-      Pair<A> dx = {dz[u].a * plane.weight.a, dz[u].b * plane.weight.b};
-      if constexpr (kFixed) {
-        dx = {dx.a * plane.slab[0].rstd, dx.b * plane.slab[1].rstd};
-      } else {
-        dx = {LayerNorm::gradient(dx.a, xhat[u].a, plane.slab[0], V{} + mean_g, V{} + mean_gx),
-              LayerNorm::gradient(dx.b, xhat[u].b, plane.slab[1], V{} + mean_g, V{} + mean_gx)};
-      }
-      store<T>(grad_input + i + u * kUnit<A>, dx, extent);
-    }
+    for (int u = 0; u < kUnits; ++u) store_values<kFixed>(i + u * kUnit<A>, plane, dz[u], xhat[u], mean_g, mean_gx, extent);
   }
 
   // dx and dz of values [begin, end).
@@ -194,8 +204,7 @@ struct PlanesBackward {
     }
   }
   void values_of(std::int64_t begin, std::int64_t end) const {
-    // Without an input gradient the means do not exist.
-    if (args.fixed_stats || args.grad_input == nullptr) values<true>(begin, end);
+    if (values_need_no_sums(args)) values<true>(begin, end);
     else values<false>(begin, end);
   }
 
@@ -215,13 +224,13 @@ struct PlanesBackward {
       const std::int64_t last = smaller(slab + block, end);
       if (wants_sums(args)) {
         for_planes(slab, last, [&](std::int64_t first, std::int64_t stop) {
-          sums(first * plan.pieces, stop * plan.pieces);
+          sums_of(first * plan.pieces, stop * plan.pieces);
           merge_planes(first, stop);
         });
         if (shape.batch_norm()) sum_images(slab, last);
       }
       if (wants_means(args)) slab_means(slab, last);
-      if (!wants_values(args)) continue;
+      if (!second_pass) continue;
       for_planes(slab, last,
                  [&](std::int64_t first, std::int64_t stop) { values_of(first * shape.spatial, stop * shape.spatial); });
     }
@@ -229,14 +238,14 @@ struct PlanesBackward {
 
   void in_phases() const {
     if (wants_sums(args)) {
-      for_ranges(plan.parallel, planes * plan.pieces, [&](std::int64_t begin, std::int64_t end) { sums(begin, end); });
+      for_ranges(plan.parallel, planes * plan.pieces, [&](std::int64_t begin, std::int64_t end) { sums_of(begin, end); });
       merge_planes(0, planes);
       if (shape.batch_norm()) {
         for_columns(plan.parallel, channels, planes, [&](std::int64_t begin, std::int64_t end) { sum_images(begin, end); });
       }
     }
     if (wants_means(args)) slab_means(0, shape.slabs());
-    if (!wants_values(args)) return;
+    if (!second_pass) return;
     const std::int64_t elements = shape.elements();
     for_ranges_again(plan.parallel, (elements + kValuesOfTask - 1) / kValuesOfTask, [&](std::int64_t begin, std::int64_t end) {
       values_of(begin * kValuesOfTask, smaller(end * kValuesOfTask, elements));

@@ -360,6 +360,11 @@ NORMEXT_INLINE bool wants_sums(const ChannelBackwardArgs& args) {
 NORMEXT_INLINE bool wants_values(const ChannelBackwardArgs& args) {
   return args.grad_input != nullptr || args.grad_residual != nullptr;
 }
+// Whether dx and dz follow without the sums: then the pass that sums, if there is one, gives them, too.
+NORMEXT_INLINE bool values_need_no_sums(const ChannelBackwardArgs& args) { return args.fixed_stats || args.grad_input == nullptr; }
+NORMEXT_INLINE bool wants_second_pass(const ChannelBackwardArgs& args) {
+  return wants_values(args) && !(wants_sums(args) && values_need_no_sums(args));
+}
 
 }  // namespace
 }  // namespace NORMEXT_ISA
