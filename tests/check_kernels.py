@@ -19,6 +19,9 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("kernel_table.csv")
@@ -122,28 +125,21 @@ def find_cuobjdump():
     return shutil.which("cuobjdump", path=path), {**os.environ, "PATH": path}
 
 
-def opcodes(library):
-    """Yields (mangled kernel, arch, Counter of opcodes) from the machine code, one kernel in memory at a time."""
+def opcodes(library, arch):
+    """(mangled kernel, arch, Counter of opcodes) of all kernels for one architecture, from the machine code."""
     tool, environment = find_cuobjdump()
-    command = [tool, "-sass", str(library)]
-    arch = name = None
-    count = Counter()
+    command = [tool, "-sass", "-arch", f"sm_{arch}", str(library)]
+    counts, count = [], None
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as process:
         for line in process.stdout:
             if found := OPCODE.search(line):
                 count[found[1]] += 1
             elif "Function :" in line:
-                if name:
-                    yield name, arch, count
-                name, count = line.split(":")[1].strip(), Counter()
-            elif "code for sm_" in line:
-                if name:
-                    yield name, arch, count
-                name, arch = None, line.split("sm_")[1].strip()
-        if name:
-            yield name, arch, count
+                count = Counter()
+                counts.append((line.split(":")[1].strip(), arch, count))
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed")
+    return counts
 
 
 # Where the data type of a family of kernels stands among its template arguments; the vector length is the first number.
@@ -160,10 +156,14 @@ def vector_bytes(kernel):
     return 0 if place is None or not numbers else SIZES[fields[place]] * numbers[0]
 
 
-def check_machine_code(library):
-    counts = list(opcodes(library))
+def check_machine_code(library, entries):
+    archs = sorted({arch for _, arch in entries}, key=int)
+    with ProcessPoolExecutor() as pool:
+        counts = list(chain.from_iterable(pool.map(partial(opcodes, library), archs)))
     names = demangle(name for name, _, _ in counts)
     print(f"machine code of {len(counts)} kernels: {sum(count.total() for _, _, count in counts)} instructions")
+    if missing := entries.keys() - {(name, arch) for name, arch, _ in counts}:
+        yield f"no machine code found of {len(missing)} kernels that ptxas compiled"
     for name, arch, count in counts:
         kernel, where = names[name], f"sm_{arch} {names[name]}"
         local = sum(number for opcode, number in count.items() if opcode.startswith(("LDL", "STL")))
@@ -194,7 +194,7 @@ def main():
         problems += check_table(table, release)
     libraries = list(options.build.glob("_C.*.so"))
     if find_cuobjdump()[0] and libraries:
-        problems += check_machine_code(libraries[0])
+        problems += check_machine_code(libraries[0], entries)
     else:
         print("machine code not checked: no cuobjdump, or no Python module in this build")
     for problem in problems:
