@@ -47,24 +47,6 @@ struct LastBackward {
     return {{row.a, row.b}, Packed<A>::read(params + c).unpack(), Packed<A>::read(params + padded + c).unpack()};
   }
 
-  // dz and dx of one unit; the means are those of g and g*xhat.
-  template <bool kFixed, class Extent>
-  NORMEXT_INLINE void store_values(std::int64_t i, const Unit& unit, Pair<A> dz, Pair<A> xhat, const Pair<A> (&means)[2],
-                                   Extent extent) const {
-    T* grad_input = static_cast<T*>(args.grad_input);
-    T* grad_residual = static_cast<T*>(args.grad_residual);
-    if (grad_residual != nullptr) store<T>(grad_residual + i, dz, extent);
-    if (grad_input == nullptr) return;
-    Pair<A> dx = {dz.a * unit.weight.a, dz.b * unit.weight.b};
-    if constexpr (kFixed) {
-      dx = {dx.a * unit.slab[0].rstd, dx.b * unit.slab[1].rstd};
-    } else {
-      dx = {LayerNorm::gradient(dx.a, xhat.a, unit.slab[0], means[0].a, means[1].a),
-            LayerNorm::gradient(dx.b, xhat.b, unit.slab[1], means[0].b, means[1].b)};
-    }
-    store<T>(grad_input + i, dx, extent);
-  }
-
   // Sums of runs [begin, end) of all images; with kValues dx and dz, too, which need no sums then.
   template <bool kValues>
   __attribute__((noinline)) void sums(std::int64_t begin, std::int64_t end) const {
@@ -84,7 +66,9 @@ struct LastBackward {
             Pair<A> xhat[1] = {load<T>(input + i, extent)}, dz[1] = {load<T>(grad_output + i, extent)};
             const T* const extra[1] = {at(residual, i)};
             backward_units<T, kFused>(args.activation, extra, unit.slab, unit.weight, unit.bias, xhat, dz, extent);
-            if constexpr (kValues) store_values<true>(i, unit, dz[0], xhat[0], {}, extent);
+            if constexpr (kValues) {
+              store_gradients<T, true>(args, i, unit.slab, unit.weight, dz[0], xhat[0], Pair<A>{}, Pair<A>{}, extent);
+            }
             sum = sum + dz[0];
             sum_x = {fma(dz[0].a, xhat[0].a, sum_x.a), fma(dz[0].b, xhat[0].b, sum_x.b)};
           }
@@ -153,13 +137,15 @@ struct LastBackward {
     if constexpr (kInput) {
       backward_units<T, kFused, kRows>(args.activation, extra, unit.slab, unit.weight, unit.bias, xhat, dz, extent);
     }
-    Pair<A> means[2] = {};
+    Pair<A> mean_g = {}, mean_gx = {};
     if constexpr (!kFixed) {
-      means[0] = Packed<A>::read(rows + 3 * padded + c).unpack();
-      means[1] = Packed<A>::read(rows + 4 * padded + c).unpack();
+      mean_g = Packed<A>::read(rows + 3 * padded + c).unpack();
+      mean_gx = Packed<A>::read(rows + 4 * padded + c).unpack();
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) store_values<kFixed>(first + r * channels + c, unit, dz[r], xhat[r], means, extent);
+    for (int r = 0; r < kRows; ++r) {
+      store_gradients<T, kFixed>(args, first + r * channels + c, unit.slab, unit.weight, dz[r], xhat[r], mean_g, mean_gx, extent);
+    }
   }
 
   // dx and dz of rows [begin, end) of all images.

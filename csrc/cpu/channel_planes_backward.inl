@@ -36,6 +36,25 @@ NORMEXT_INLINE void backward_units(Activation activation, const T* const (&resid
   }
 }
 
+// Writes dz and dx of one unit, whichever are wanted. The means are those of g and g*xhat.
+template <class T, bool kFixed, class Extent>
+NORMEXT_INLINE void store_gradients(const ChannelBackwardArgs& args, std::int64_t i,
+                                    const CentredRow<Vector<Accumulate<T>>> (&slab)[2], Pair<Accumulate<T>> weight,
+                                    Pair<Accumulate<T>> dz, Pair<Accumulate<T>> xhat, Pair<Accumulate<T>> mean_g,
+                                    Pair<Accumulate<T>> mean_gx, Extent extent) {
+  using A = Accumulate<T>;
+  if (args.grad_residual != nullptr) store<T>(static_cast<T*>(args.grad_residual) + i, dz, extent);
+  if (args.grad_input == nullptr) return;
+  Pair<A> dx = {dz.a * weight.a, dz.b * weight.b};
+  if constexpr (kFixed) {
+    dx = {dx.a * slab[0].rstd, dx.b * slab[1].rstd};
+  } else {
+    dx = {LayerNorm::gradient(dx.a, xhat.a, slab[0], mean_g.a, mean_gx.a),
+          LayerNorm::gradient(dx.b, xhat.b, slab[1], mean_g.b, mean_gx.b)};
+  }
+  store<T>(static_cast<T*>(args.grad_input) + i, dx, extent);
+}
+
 template <class T, bool kFused>
 struct PlanesBackward {
   using A = Accumulate<T>;
@@ -67,24 +86,6 @@ struct PlanesBackward {
     return {{wide, wide}, both<A>(V{} + weight[cursor.channel]), both<A>(V{} + bias[cursor.channel])};
   }
 
-  // dz and dx of one unit.
-  template <bool kFixed, class Extent>
-  NORMEXT_INLINE void store_values(std::int64_t i, const Plane& plane, Pair<A> dz, Pair<A> xhat, A mean_g, A mean_gx,
-                                   Extent extent) const {
-    T* grad_input = static_cast<T*>(args.grad_input);
-    T* grad_residual = static_cast<T*>(args.grad_residual);
-    if (grad_residual != nullptr) store<T>(grad_residual + i, dz, extent);
-    if (grad_input == nullptr) return;
-    Pair<A> dx = {dz.a * plane.weight.a, dz.b * plane.weight.b};
-    if constexpr (kFixed) {
-      dx = {dx.a * plane.slab[0].rstd, dx.b * plane.slab[1].rstd};
-    } else {
-      dx = {LayerNorm::gradient(dx.a, xhat.a, plane.slab[0], V{} + mean_g, V{} + mean_gx),
-            LayerNorm::gradient(dx.b, xhat.b, plane.slab[1], V{} + mean_g, V{} + mean_gx)};
-    }
-    store<T>(grad_input + i, dx, extent);
-  }
-
   // Sums of segments [begin, end), in the order of memory; with kValues their dx and dz, too, which need no sums then.
   template <bool kValues>
   __attribute__((noinline)) void sums(std::int64_t begin, std::int64_t end) const {
@@ -107,7 +108,10 @@ struct PlanesBackward {
               Pair<A> dz[1] = {load<T>(grad_output + first + column, extent)};
               const T* const extra[1] = {at(residual, first + column)};
               backward_units<T, kFused>(args.activation, extra, plane.slab, plane.weight, plane.bias, xhat, dz, extent);
-              if constexpr (kValues) store_values<true>(first + column, plane, dz[0], xhat[0], 0, 0, extent);
+              if constexpr (kValues) {
+                store_gradients<T, true>(args, first + column, plane.slab, plane.weight, dz[0], xhat[0], Pair<A>{}, Pair<A>{},
+                                         extent);
+              }
               const Pair<A> x = keep<T>(xhat[0], extent);
               const Pair<A> g = kFused ? keep<T>(dz[0], extent) : dz[0];
               s.of[0] = s.of[0] + g;
@@ -179,7 +183,10 @@ struct PlanesBackward {
       backward_units<T, kFused, kUnits>(args.activation, extra, plane.slab, plane.weight, plane.bias, xhat, dz, extent);
     }
 #pragma GCC unroll 2
-    for (int u = 0; u < kUnits; ++u) store_values<kFixed>(i + u * kUnit<A>, plane, dz[u], xhat[u], mean_g, mean_gx, extent);
+    for (int u = 0; u < kUnits; ++u) {
+      store_gradients<T, kFixed>(args, i + u * kUnit<A>, plane.slab, plane.weight, dz[u], xhat[u], both<A>(V{} + mean_g),
+                                 both<A>(V{} + mean_gx), extent);
+    }
   }
 
   // dx and dz of values [begin, end).
