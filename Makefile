@@ -75,7 +75,7 @@ sanitize: environment  ## emulated CUDA kernels, CPU kernels and C++ tests under
 	PYTHONPATH=build/sanitize/python ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	  $(PYTHON) -P -m pytest tests $(PYTEST_ARGS)
 
-bench: build  ## every published figure, about 40 minutes on an idle machine
+bench: build  ## every published figure, about 30 minutes on an idle machine
 	$(GROUP) bench
 	$(PYTHON) benchmarks/run.py
 

@@ -1,6 +1,6 @@
 """Runs the suite and writes benchmarks/results/<machine>.json, from which `report.py` makes every published figure.
 
-    python benchmarks/run.py                      everything: about 40 minutes on two idle cores, 25 of them for "channel"
+    python benchmarks/run.py                      everything: about 30 minutes on two idle cores
     python benchmarks/run.py --quick              a look at each part: about 3 minutes, written to no results file
     python benchmarks/run.py --sections overhead  one part again; the others keep the figures they had
 
