@@ -13,8 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-from planted import MUTANTS
+import planted
+import planted_channel
 
+MUTANTS = planted.MUTANTS + planted_channel.MUTANTS
 ROOT = Path(__file__).resolve().parent.parent
 COPY = ROOT / "build" / "mutants"
 BUILD = COPY / "build"

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import planted
+import planted_channel
 import pytest
 
 pytestmark = pytest.mark.once
@@ -140,7 +141,7 @@ def test_private_torch_names_live_in_one_file():
     assert list(private_torch_names(ROOT / "normext" / "_library.py"))  # the search finds what there is
 
 
-@pytest.mark.parametrize("mutant", planted.MUTANTS, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", planted.MUTANTS + planted_channel.MUTANTS, ids=lambda mutant: mutant.name)
 def test_every_planted_bug_has_a_place(mutant):
     """mutants.py replaces text; what it replaces must still be there, so that no mutant goes stale between its runs."""
     assert mutant.find in (ROOT / mutant.file).read_text() and mutant.find != mutant.replace
