@@ -197,7 +197,7 @@ def fold(before, model, task, check, seconds):
         same = task.answers(folded(x)).equal(task.answers(model(x)))
         check(same, f"same answer as before for each of {len(x)} test images")
         contenders = {"torch": lambda: before(x), "normext": lambda: model(x), "folded": lambda: folded(x)}
-        measured = timing.interleave(contenders, "folded", seconds)
+        measured = timing.Bench(seconds, patience=20).measure(contenders, "folded")
     gain = measured.speedup
     text = f"folded forward {gain['torch']:.2f}x as fast as with torch's norms"
     check(gain["torch"] > 1, f"{text}, {gain['normext']:.2f}x as fast as with normext's")
