@@ -44,11 +44,19 @@ MUTANTS = (
     Mutant("batches not counted", "csrc/cpu/channel_running.inl", "args.batches == nullptr ?", "true ?", "avx2", RUNNING),
     Mutant(
         "empty batch teaches running statistics",
+        "csrc/ops/batch_norm.cpp",
+        "if (forward.running_mean != nullptr && !input.is_empty()) {",
+        "if (forward.running_mean != nullptr) {",
+        "avx2",
+        RUNNING,
+    ),
+    Mutant(
+        "empty batch teaches running statistics in a graph",
         "normext/_channel.py",
         "running_var is None or input.numel() == 0:",
         "running_var is None:",
         "avx2",
-        RUNNING,
+        ("tests/test_channel_compile.py",),
     ),
     Mutant(
         "one value per channel accepted",

@@ -59,6 +59,15 @@ def close(ours, theirs, tolerance=1e-4):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
+def test_an_empty_batch_changes_no_running_statistics_in_a_graph(device):
+    module = normext.BatchNorm2d(4).to(device)
+    module(torch.randn(2, 4, 3, 3).to(device))
+    before = module.running_mean.clone(), module.running_var.clone()
+    torch.compile(module, backend="aot_eager", fullgraph=True)(torch.empty(0, 4, 3, 3, device=device))
+    assert module.num_batches_tracked == 2
+    assert torch.equal(module.running_mean, before[0]) and torch.equal(module.running_var, before[1])
+
+
 def compiled_and_eager(device, **options):
     torch.manual_seed(2)
     module = Block().to(device)
