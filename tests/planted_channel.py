@@ -55,7 +55,7 @@ MUTANTS = (
         "normext/_channel.py",
         "running_var is None or input.numel() == 0:",
         "running_var is None:",
-        "avx2",
+        "avx512",
         ("tests/test_channel_compile.py",),
     ),
     Mutant(
