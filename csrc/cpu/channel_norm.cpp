@@ -20,8 +20,8 @@ constexpr std::int64_t kAlignment = 64;  // of the workspace: a cache line
 constexpr std::int64_t kResidentBytes =
     1 << 20;  // of input (and gradient) that are still in L2 when they are read again: half of it
 // Rows of a run in channels-last: as many as fit L2 comfortably, since a run is read twice, but enough that merging costs little
-// and no more than the 16 terms of an accumulator that takes 8 rows at a time. An image of 256 rows
-// and more has 8 runs or more, so that it can be shared. [1280 channels of 8x8: runs of 16 rows took up to a fifth longer]
+// and no more than the 16 terms of an accumulator that takes 8 rows at a time. An image of 256 rows and
+// more has 8 runs or more, so that it can be shared. [1280 channels of 8x8: runs of 16 rows took up to a fifth longer]
 constexpr std::int64_t kRunBytes = 64 * 1024;
 constexpr std::int64_t kLeastRun = 32;
 constexpr std::int64_t kMostRun = 128;
