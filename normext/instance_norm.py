@@ -8,9 +8,19 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normext import _channel, _library
 from normext._channel import update_running, update_running_reference, update_running_transformed
-from normext._library import special
+from normext._library import Op, special
 from normext.batch_norm import tracked_batch_norm
 from normext.group_norm import compiled, eager, reference
+
+_forward = Op.named("instance_norm_forward")
+
+
+def _fake(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    _channel.check_fake("instance_norm", input, input.shape[1], (weight, bias), ())
+    return _library.contiguous_like(input), _channel.stats_like(input, input.shape[1])
+
+
+_library.register_fakes(instance_norm_forward=lambda x, w, b, eps, activation: _fake(x, w, b))
 
 
 def instance_norm(
@@ -30,7 +40,8 @@ def instance_norm(
     Computes ``output = activation(norm(input) * weight + bias)`` in float32 (float64 for float64 input), rounded once.
 
     Args:
-        input: ``[N, C, *]``, float32, float64, float16 or bfloat16, any strides; channels-last is copied, as in torch.
+        input: ``[N, C, *]``, float32, float64, float16 or bfloat16, any strides. Channels-last is copied, as in torch; on the
+            CPU, without gradients and from 32 channels and positions on, it is read as it lies, in sums of another order.
         running_mean: ``[C]`` or None. With ``use_input_stats`` it becomes ``(1 - momentum) * running_mean + momentum * mean``,
             where mean is averaged over the images; without, it is what is subtracted.
         running_var: likewise, of the unbiased variance.
@@ -73,6 +84,13 @@ def instance_norm(
     if refused:  # torch's answer, or its exception
         y = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
         return _channel.activate(code, y)
+    if use_input_stats and not special() and not _library.any_requires_grad(input, weight, bias):
+        try:
+            found: tuple[Tensor, Tensor] = _forward.direct(input, weight, bias, eps, code)
+            update_running(input, found[1], running_mean, running_var, None, momentum)
+        except _library.REFUSALS as error:
+            raise _in_torchs_words(error, input, running_mean, running_var, weight, bias, momentum, eps) from None
+        return found[0]
     x = _channel.contiguous(input)
     if x.shape[1] == 1 or x.stride(1) == 1:  # the strides may still be those of channels-last
         x = x.reshape(-1).view(x.shape)
@@ -88,9 +106,22 @@ def instance_norm(
         else:
             update_running(x, stats, running_mean, running_var, None, momentum)
     except _library.REFUSALS as error:
-        running = _channel.copies(running_mean, running_var)
-        raise _library.torchs_error(error, F.instance_norm, input, *running, weight, bias, True, momentum, eps) from None
+        raise _in_torchs_words(error, input, running_mean, running_var, weight, bias, momentum, eps) from None
     return output
+
+
+def _in_torchs_words(
+    error: Exception,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> Exception:
+    running = _channel.copies(running_mean, running_var)
+    return _library.torchs_error(error, F.instance_norm, input, *running, weight, bias, True, momentum, eps)
 
 
 def _refused(

@@ -110,6 +110,7 @@ def channel_arguments(x, dy, residual, params):
             *((x, weight, bias, groups, eps, activation) for activation in range(5)),
             (x, None, bias, 1, eps, 0),
         ],
+        "instance_norm_forward": [(x, weight, bias, eps, silu), (x, None, None, eps, 0)],
         "group_norm_backward": [
             *((dy, x, group_stats, weight, bias, groups, silu, needs) for needs in range(8)),
             (dy, x, group_stats, None, bias, groups, 0, 7),

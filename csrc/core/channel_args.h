@@ -63,6 +63,8 @@ struct ChannelForwardArgs {
   void* stats = nullptr;           // [4, slabs]; written, or read where given_stats. Null where only moments are wanted
   void* moments = nullptr;         // [3, slabs] or null; written
   bool given_stats = false;
+  // Output in kPlanes where the input is in kChannelsLast; on the CPU, with at least cpu::kLeastTransposed channels and positions.
+  bool planes_output = false;
   double eps = 0.0;
   Activation activation = Activation::kNone;
 };

@@ -97,6 +97,7 @@ void run_forward(const ChannelForward& request, const ChannelGeometry& geometry,
   args.stats = stats;
   args.moments = moments;
   args.given_stats = has_fixed_stats(request) || request.given_stats != nullptr;
+  args.planes_output = request.contiguous_output && geometry.channels_last;
   args.eps = request.eps;
   args.activation = geometry.activation;
   launch(args, device);
@@ -120,9 +121,20 @@ void run_fixed_stats(const ChannelForward& request, const ChannelGeometry& geome
 
 ChannelForwardResult channel_forward(const ChannelForward& request) {
   const Tensor& input = request.input;
-  const ChannelGeometry geometry = check(request);
+  ChannelGeometry geometry = check(request);
   ChannelForwardResult result;
-  result.output = allocate_in_format(geometry, input);
+  if (request.contiguous_output) {
+    result.output = allocate_like(input, geometry.dtype);
+    const ChannelShape& shape = geometry.shape;
+    const bool turned = geometry.channels_last && runs_cpu_kernels(input.device()) && shape.channels >= cpu::kLeastTransposed &&
+                        shape.spatial >= cpu::kLeastTransposed;
+    if (!turned) {  // the kernels see a contiguous copy of the input
+      geometry.channels_last = false;
+      geometry.shape.layout = ChannelLayout::kPlanes;
+    }
+  } else {
+    result.output = allocate_in_format(geometry, input);
+  }
   if (request.save_stats) result.stats = allocate_stats(geometry, input, kChannelStats);
   if (geometry.shape.slabs() == 0 || (input.is_empty() && !has_fixed_stats(request))) {
     if (result.stats) fill_zero(result.stats);

@@ -16,6 +16,7 @@ namespace normext::ops {
 struct ChannelForward {
   const char* op;  // for error texts
   const Tensor& input;
+  static constexpr std::int64_t kGroupPerChannel = -1;
   std::int64_t groups = 0;  // 0: batch norm
   const Tensor* residual = nullptr;
   const Tensor* weight = nullptr;
@@ -27,6 +28,7 @@ struct ChannelForward {
   double eps = 0.0;
   std::int64_t activation = 0;  // an Activation
   bool save_stats = false;
+  bool contiguous_output = false;  // whatever the input's format
 };
 
 struct ChannelForwardResult {

@@ -41,6 +41,21 @@ std::tuple<Tensor, Tensor> group_norm_forward(const Tensor& input, const Optiona
   return {std::move(result.output), std::move(result.stats)};
 }
 
+// InstanceNorm without gradients: its output is contiguous, in torch too, and channels-last input is not copied for it.
+std::tuple<Tensor, Tensor> instance_norm_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                                 double eps, std::int64_t activation) {
+  ChannelForward forward{"instance_norm", input};
+  forward.groups = ChannelForward::kGroupPerChannel;
+  forward.weight = weight.or_null();
+  forward.bias = bias.or_null();
+  forward.eps = eps;
+  forward.activation = activation;
+  forward.save_stats = true;
+  forward.contiguous_output = true;
+  ChannelForwardResult result = channel_forward(forward);
+  return {std::move(result.output), std::move(result.stats)};
+}
+
 // needs: bit 0 grad_input, bit 1 grad_weight, bit 2 grad_bias
 std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
                                                        const OptionalTensor& weight, const OptionalTensor& bias,
@@ -65,6 +80,10 @@ const bool defined = [] {
       "group_norm_forward(Tensor input, Tensor? weight, Tensor? bias, int num_groups, float eps, int activation) "
       "-> (Tensor output, Tensor stats)",
       boxed<group_norm_forward>);
+  define(
+      "instance_norm_forward(Tensor input, Tensor? weight, Tensor? bias, float eps, int activation) "
+      "-> (Tensor output, Tensor stats)",
+      boxed<instance_norm_forward>);
   define(
       "group_norm_backward(Tensor grad_output, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, int num_groups, "
       "int activation, int needs) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
