@@ -19,9 +19,10 @@ constexpr int kRowsAtOnce = 8;                    // of a run; plan.piece is at 
 constexpr std::int64_t kBytesOfTask = 16 * 1024;  // of rows of output that one thread takes at least
 constexpr std::int64_t kTurnedRows = 64;          // and channels, or up to twice as many, that are transposed together
 
-// Rows that share the scalars of a channel in a pass over all values. From memory, prefetchers want one sequence of lines: in float32
-// a row at a time is as fast as a copy, the scalars come from L1 [Zen 4, 8x144x56x56 given statistics: 1025 -> 584 us]. In 16 bits
-// arithmetic counts as much, so rows are still shared, and the next ones are fetched as one sequence [8x256x56x56: 927 -> 529 us].
+// Rows that share the scalars of a channel in a pass over all values. From memory, prefetchers want one sequence of lines: in
+// float32 a row at a time is as fast as a copy, the scalars come from L1 [Zen 4, 8x144x56x56 given statistics: 1025 -> 584 us]. In
+// 16 bits arithmetic counts as much, so rows are still shared, and the next ones are fetched as one sequence [8x256x56x56: 927 ->
+// 529 us].
 constexpr int kSharedRows = 4;
 template <class T, Source kSource>
 constexpr int kPassRows = kSource == Source::kFar && sizeof(T) >= 4 ? 1 : kSharedRows;
@@ -291,7 +292,8 @@ struct LastForward {
 
   // Output as planes, blocks [begin, end) of all images: normalised into a buffer in L1, from which it is transposed.
   __attribute__((noinline)) void apply_turned(std::int64_t begin, std::int64_t end) const {
-    using Element = std::conditional_t<sizeof(T) == 2, std::uint16_t, std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>>;
+    using Element =
+        std::conditional_t<sizeof(T) == 2, std::uint16_t, std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>>;
     alignas(NORMEXT_VECTOR_BYTES) T buffer[kTurnedRows * 2 * kTurnedRows];
     const std::int64_t row_blocks = turned_row_blocks(), column_blocks = turned_column_blocks();
     for (; begin < end; ++begin) {
