@@ -27,12 +27,13 @@ constexpr int kSharedRows = 4;
 template <class T, Source kSource>
 constexpr int kPassRows = kSource == Source::kFar && sizeof(T) >= 4 ? 1 : kSharedRows;
 
-// Fetches the lines that follow `count` rows of `channels` values at p, as many as the units at channel c of these rows have.
-template <class T, int kRows>
+// Fetches the lines that follow kRows rows of `channels` values at p, as many as the units at channel c of these rows have.
+// Locality as __builtin_prefetch has it: 3 is L1, 2 is L2.
+template <class T, int kRows, int kLocality = 3>
 NORMEXT_INLINE void fetch_next_rows(const T* p, std::int64_t channels, std::int64_t c) {
   constexpr int kUnitBytes = kUnit<Accumulate<T>> * static_cast<int>(sizeof(T));
   const char* line = reinterpret_cast<const char*>(p + kRows * (channels + c));
-  for (int byte = 0; byte < kRows * kUnitBytes; byte += 64) __builtin_prefetch(line + byte);
+  for (int byte = 0; byte < kRows * kUnitBytes; byte += 64) __builtin_prefetch(line + byte, 0, kLocality);
 }
 
 // An array of per-channel values, a whole number of units, from natural order to that of T.
