@@ -1,6 +1,6 @@
 """InstanceNorm of channels-last input without gradients: statistics as the input lies, output transposed into planes. It takes the
-sums of GroupNorm of single channels in channels-last, so its bits, as planes, are the same; below 32 channels or positions, and in
-CUDA code, the input is copied first and the bits are those of the copy."""
+sums of GroupNorm of single channels in channels-last, so its bits, as planes, are the same. Below 32 channels or positions, in CUDA
+code and on a CPU without fma the input is copied first and the bits are those of the copy."""
 
 import itertools
 
@@ -8,6 +8,7 @@ import channel_cases as cases
 import channel_oracle as oracle
 import pytest
 import torch
+from oracle import FUSED_MULTIPLY_ADD
 
 import normext
 
@@ -23,7 +24,8 @@ def inputs(channels, spatial, dtype, params, images, backend, **extra):
 def as_group_norm(t, activation, backend):
     """The same from GroupNorm, in planes."""
     positions = t.x[0, 0].numel()
-    as_it_lies = not backend.runs_cuda_code and t.x.shape[1] >= 32 and positions >= 32
+    fma = not backend.runs_cuda_code and FUSED_MULTIPLY_ADD
+    as_it_lies = fma and t.x.shape[1] >= 32 and positions >= 32
     x = t.x if as_it_lies else t.x.contiguous()
     return normext.group_norm(x, x.shape[1], t.weight, t.bias, activation=activation).contiguous()
 

@@ -63,8 +63,7 @@ struct ChannelForwardArgs {
   void* stats = nullptr;           // [4, slabs]; written, or read where given_stats. Null where only moments are wanted
   void* moments = nullptr;         // [3, slabs] or null; written
   bool given_stats = false;
-  // Output in kPlanes where the input is in kChannelsLast; on the CPU, with at least cpu::kLeastTransposed channels and positions.
-  bool planes_output = false;
+  bool planes_output = false;  // though the input is in kChannelsLast; where cpu::turns_into_planes() says so
   double eps = 0.0;
   Activation activation = Activation::kNone;
 };

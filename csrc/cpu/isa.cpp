@@ -180,6 +180,11 @@ void transpose(const void* from, void* to, std::int64_t batch, std::int64_t rows
   if (bytes > 0) kernels().transpose(from, to, batch, rows, cols, element_bytes, threads_for(parallel, bytes));
 }
 
+bool turns_into_planes(const ChannelShape& shape) {
+  return kernels().fused_multiply_add && shape.layout == ChannelLayout::kChannelsLast && shape.channels >= kLeastTransposed &&
+         shape.spatial >= kLeastTransposed;
+}
+
 const char* isa_name() { return kernels().name; }
 
 std::vector<std::string> available_isas() {

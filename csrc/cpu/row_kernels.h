@@ -47,6 +47,7 @@ struct RowKernels {
 // The kernels of one instruction set.
 struct IsaKernels {
   const char* name;
+  bool fused_multiply_add;
   RowKernels row[2];  // indexed by RowNorm
   ChannelKernels channel;
   // [batch, rows, cols] to [batch, cols, rows]; elements of 2, 4 or 8 bytes.

@@ -125,10 +125,9 @@ ChannelForwardResult channel_forward(const ChannelForward& request) {
   ChannelForwardResult result;
   if (request.contiguous_output) {
     result.output = allocate_like(input, geometry.dtype);
-    const ChannelShape& shape = geometry.shape;
-    const bool turned = geometry.channels_last && runs_cpu_kernels(input.device()) && shape.channels >= cpu::kLeastTransposed &&
-                        shape.spatial >= cpu::kLeastTransposed;
-    if (!turned) {  // the kernels see a contiguous copy of the input
+    // Otherwise the kernels see a contiguous copy of the input.
+    const bool as_it_lies = runs_cpu_kernels(input.device()) && cpu::turns_into_planes(geometry.shape);
+    if (!as_it_lies) {
       geometry.channels_last = false;
       geometry.shape.layout = ChannelLayout::kPlanes;
     }
