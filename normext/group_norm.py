@@ -113,7 +113,7 @@ class _GroupNorm(torch.autograd.Function):
         return *found, None, None, None
 
 
-_apply = _library.direct_apply(_GroupNorm)
+apply = _library.direct_apply(_GroupNorm)
 
 
 def _setup_export(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -173,7 +173,7 @@ def group_norm(
         if (input.shape[0] == 1 and input.numel() == num_groups) or input.numel() == 0:
             _ask_torch(input, num_groups, weight, bias, eps)
         if is_grad_enabled() and _library.any_requires_grad(input, weight, bias):
-            result = _apply(input, weight, bias, num_groups, eps, code)[0]
+            result = apply(input, weight, bias, num_groups, eps, code)[0]
         elif code == 0 and weight is not None and bias is not None:
             result = _lean(input, weight, bias, num_groups, eps)
         else:
@@ -219,17 +219,6 @@ def compiled(
         )
     else:
         found = _forward.overload(input, weight, bias, num_groups, eps, activation)
-    return found[0], found[1]
-
-
-def eager(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float, activation: int
-) -> tuple[Tensor, Tensor]:
-    """The output and the statistics."""
-    if _library.any_requires_grad(input, weight, bias):
-        found = _apply(input, weight, bias, num_groups, eps, activation)
-    else:
-        found = _forward.direct(input, weight, bias, num_groups, eps, activation)
     return found[0], found[1]
 
 

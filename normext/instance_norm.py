@@ -10,13 +10,13 @@ from normext import _channel, _library
 from normext._channel import update_running, update_running_reference, update_running_transformed
 from normext._library import Op, special
 from normext.batch_norm import tracked_batch_norm
-from normext.group_norm import compiled, eager, reference
+from normext.group_norm import apply, compiled, reference
 
 _forward = Op.named("instance_norm_forward")
 
 
 def _fake(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    _channel.check_fake("instance_norm", input, input.shape[1], (weight, bias), ())
+    _channel.check_fake("instance_norm", input, 0, (weight, bias), ())
     return _library.contiguous_like(input), _channel.stats_like(input, input.shape[1])
 
 
@@ -41,7 +41,8 @@ def instance_norm(
 
     Args:
         input: ``[N, C, *]``, float32, float64, float16 or bfloat16, any strides. Channels-last is copied, as in torch; on the
-            CPU, without gradients and from 32 channels and positions on, it is read as it lies, in sums of another order.
+            CPU (with fma), without gradients and from 32 channels and positions on, it is read as it lies, in sums of another
+            order: the last bits then differ from those that a call with gradients gives.
         running_mean: ``[C]`` or None. With ``use_input_stats`` it becomes ``(1 - momentum) * running_mean + momentum * mean``,
             where mean is averaged over the images; without, it is what is subtracted.
         running_var: likewise, of the unbiased variance.
@@ -84,9 +85,15 @@ def instance_norm(
     if refused:  # torch's answer, or its exception
         y = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
         return _channel.activate(code, y)
-    if use_input_stats and not special() and not _library.any_requires_grad(input, weight, bias):
+    graph = special()
+    if (
+        use_input_stats
+        and not _library.any_requires_grad(input, weight, bias)
+        and not (graph and (_library.is_exporting() or _library.transformed()))
+    ):
         try:
-            found: tuple[Tensor, Tensor] = _forward.direct(input, weight, bias, eps, code)
+            forward = _forward.overload if graph else _forward.direct
+            found: tuple[Tensor, Tensor] = forward(input, weight, bias, eps, code)
             update_running(input, found[1], running_mean, running_var, None, momentum)
         except _library.REFUSALS as error:
             raise _in_torchs_words(error, input, running_mean, running_var, weight, bias, momentum, eps) from None
@@ -99,7 +106,7 @@ def instance_norm(
     if _library.transformed():
         return _transformed(x, running_mean, running_var, weight, bias, momentum, eps, code)
     try:
-        output, stats = (compiled if special() else eager)(x, weight, bias, x.shape[1], eps, code)
+        output, stats = (compiled if graph else apply)(x, weight, bias, x.shape[1], eps, code)
         if _library.is_exporting():
             images = stats.view(4, x.shape[0], x.shape[1]).mean(1)
             update_running_reference(images[0] + images[1], images[3], running_mean, running_var, None, momentum)

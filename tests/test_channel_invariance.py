@@ -68,6 +68,27 @@ def test_large_images_do_not_depend_on_the_batch(case, backend):
         cases.assert_same(results(case, t.images(index)), [r[index] for r in expected], index)
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_images_from_memory_are_those_from_cache(dtype, backend):
+    """The CPU takes channels-last rows otherwise where the input exceeds 3 MB: one at a time, or fetching the next ones."""
+    if backend.runs_cuda_code:
+        pytest.skip("about the CPU's kernels")
+    spatial = (99, 103) if dtype in cases.SIXTEEN_BIT else (69, 73)  # an image is too large to be handled in one go, too
+    for op, more in (
+        ("group_norm", {}),
+        ("group_norm", {"activation": "silu"}),
+        ("batch_norm", {"training": False}),
+        ("batch_norm", {"training": False, "residual": True, "activation": "relu"}),
+    ):
+        case = cases.ChannelCase(op, 3, 70, spatial, 7, dtype=dtype, layout="channels_last", **more)
+        t = cases.make(case, backend)
+        assert t.x.nbytes > 3 << 20 > t.x[0].nbytes > 1 << 20
+        expected = results(case, t)
+        for image in range(3):
+            index = slice(image, image + 1)
+            cases.assert_same(results(case, t.images(index)), [r[index] for r in expected], op, more, image)
+
+
 def test_sums_over_the_batch_are_the_only_ones(backend):
     """Parameter gradients of one image at a time add up to those of the batch."""
     for op in ("group_norm", "instance_norm"):

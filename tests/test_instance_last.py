@@ -42,7 +42,7 @@ def test_every_tile_and_remainder(dtype, params, backend):
 
 @pytest.mark.parametrize("layout", [cases.channels_last, cases.LAYOUTS["sliced_channels_last"]], ids=["dense", "sliced"])
 def test_images_threads_and_neighbours(layout, backend):
-    """Neither the other images nor the number of threads matter, and nothing beyond the output is written."""
+    """Neither the other images, nor how the batch lies, nor the number of threads matter."""
     for channels, spatial in ((64, (40, 41)), (130, (33, 5)), (32, (96, 97))):
         if backend.emulated:
             spatial = tuple(min(size, 12) for size in spatial)
@@ -50,7 +50,10 @@ def test_images_threads_and_neighbours(layout, backend):
         x = layout(t.x)
         whole = normext.instance_norm(x, None, None, t.weight, t.bias)
         for image in range(x.shape[0]):
-            assert normext.instance_norm(x[image : image + 1], None, None, t.weight, t.bias).equal(whole[image : image + 1])
+            alone = x[image : image + 1], x[image].unsqueeze(0), x[image].unsqueeze(0).expand(2, -1, -1, -1)
+            for lying in alone:
+                y = normext.instance_norm(lying, None, None, t.weight, t.bias)
+                assert all(found.equal(whole[image]) for found in y)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             assert normext.instance_norm(x, None, None, t.weight, t.bias).equal(whole)
@@ -84,3 +87,26 @@ def test_special_values_stay_in_their_channel(device):
     assert y[1, 37].isnan().all()
     y[1, 37] = plain[1, 37]
     assert y.equal(plain)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_op(dtype, device):
+    """As the raw ops are tested, on input that is channels-last: schema, fakes, bounds of what is read and written."""
+    instance_norm = torch.ops.normext.instance_norm_forward.default
+    for shape in ((2, 70, 6, 8), (1, 33, 5, 7), (2, 64, 3, 4, 4)):
+        x = cases.channels_last(torch.randn(shape, device=device).to(dtype))
+        weight, bias = (torch.randn(shape[1], device=device).to(dtype) for _ in range(2))
+        torch.library.opcheck(instance_norm, (x, weight, bias, 1e-5, 2))
+        torch.library.opcheck(instance_norm, (x, None, None, 1e-5, 0))
+        guarded = torch.full((x.numel() + 256,), float("nan"), dtype=dtype, device=device)
+        inside = guarded[128:-128].as_strided(x.shape, x.stride(), 128).copy_(x)
+        cases.assert_same(instance_norm(inside, weight, bias, 1e-5, 2), instance_norm(x, weight, bias, 1e-5, 2))
+
+
+def test_compiled_bits(device):
+    """A graph without gradients takes the same kernels."""
+    x = cases.channels_last(torch.randn(2, 64, 9, 7, device=device))
+    compiled = torch.compile(lambda v: normext.instance_norm(v, activation="relu"), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        y = compiled(x)
+        assert y.is_contiguous() and y.equal(normext.instance_norm(x, activation="relu"))

@@ -50,7 +50,8 @@ constexpr float kNoValues = -1.0f;
 // Planes of moments that SyncBatchNorm exchanges: the mean, its rounding error, the sum of squared deviations.
 constexpr int kChannelMoments = 3;
 
-// output = activation(norm(input) * weight + bias + residual). All tensors of input's shape have input's layout.
+// output = activation(norm(input) * weight + bias + residual). All tensors of input's shape have input's layout, but see
+// planes_output.
 struct ChannelForwardArgs {
   ChannelShape shape;
   DType dtype = DType::kFloat32;        // of input, residual and output
@@ -63,7 +64,7 @@ struct ChannelForwardArgs {
   void* stats = nullptr;           // [4, slabs]; written, or read where given_stats. Null where only moments are wanted
   void* moments = nullptr;         // [3, slabs] or null; written
   bool given_stats = false;
-  bool planes_output = false;  // though the input is in kChannelsLast; where cpu::turns_into_planes() says so
+  bool planes_output = false;  // of input in kChannelsLast without residual, where cpu::turns_into_planes() says so
   double eps = 0.0;
   Activation activation = Activation::kNone;
 };

@@ -3,7 +3,8 @@
 // Statistics: runs of rows of an image give moments per channel; channels of a group and runs are merged together. A run is read
 // twice, row by row as it lies in memory (down a column of channels, rows a power of two apart would share a few sets of L1), and
 // eight rows at a time so that the accumulators, which are in L1, cost little. Batch norm is one image with groups of one channel.
-// The output takes a few rows at a time, for which the channels' scalars are loaded once, or a row where memory counts for more.
+// The output takes a few rows at a time, for which the channels' scalars are loaded once, or a row where memory counts for more. It
+// is written in the input's layout or, for instance norm, as planes.
 // plan.partial: moments [3, batch * pieces, padded]; plan.rows: [batch, 3, padded], hi, lo and rstd of each channel; plan.params:
 // [2, padded], weight and bias. rows and params are in the order of T (vector.h).
 #pragma once
@@ -17,15 +18,19 @@ namespace {
 
 constexpr int kRowsAtOnce = 8;                    // of a run; plan.piece is at most 16 times as many
 constexpr std::int64_t kBytesOfTask = 16 * 1024;  // of rows of output that one thread takes at least
-constexpr std::int64_t kTurnedRows = 64;          // and channels, or up to twice as many, that are transposed together
+constexpr std::int64_t kTurnedBlock = 64;         // rows, or half of them and more, and channels, or up to twice as many
+static_assert(kTurnedBlock % cpu::kMaxUnit == 0 && kTurnedBlock / 2 >= cpu::kLeastTransposed);
 
 // Rows that share the scalars of a channel in a pass over all values. From memory, prefetchers want one sequence of lines: in
-// float32 a row at a time is as fast as a copy, the scalars come from L1 [Zen 4, 8x144x56x56 given statistics: 1025 -> 584 us]. In
-// 16 bits arithmetic counts as much, so rows are still shared, and the next ones are fetched as one sequence [8x256x56x56: 927 ->
-// 529 us].
+// float32 and wider a row at a time is as fast as a copy while the scalars come from L1 [Zen 4, 8x144x56x56 given statistics: 1025
+// -> 584 us; 8x2048x7x7: 143 -> 156]. In 16 bits arithmetic counts as much, so rows are still shared, and the next ones are fetched
+// as one sequence [8x256x56x56: 927 -> 529 us].
 constexpr int kSharedRows = 4;
-template <class T, Source kSource>
-constexpr int kPassRows = kSource == Source::kFar && sizeof(T) >= 4 ? 1 : kSharedRows;
+constexpr std::int64_t kScalarBytes = 16 * 1024;  // that leave room in L1: 819 channels in float32
+template <class T>
+NORMEXT_INLINE bool takes_single_rows(std::int64_t channels) {
+  return sizeof(T) >= 4 && 5 * channels * static_cast<std::int64_t>(sizeof(Accumulate<T>)) <= kScalarBytes;
+}
 
 // Fetches the lines that follow kRows rows of `channels` values at p, as many as the units at channel c of these rows have.
 // Locality as __builtin_prefetch has it: 3 is L1, 2 is L2.
@@ -264,9 +269,8 @@ struct LastForward {
   }
 
   // Rows [begin, end) of all images.
-  template <Source kSource>
+  template <int kMost, bool kFetch>
   __attribute__((noinline)) void apply(std::int64_t begin, std::int64_t end) const {
-    constexpr int kRows = kPassRows<T, kSource>;
     while (begin < end) {
       const A* rows = rows_of(begin / shape.spatial);
       const std::int64_t stop = smaller(end, (begin / shape.spatial + 1) * shape.spatial);
@@ -286,29 +290,30 @@ struct LastForward {
           });
         }
       };
-      take(std::integral_constant<int, kRows>(), std::bool_constant<kSource == Source::kFar && kRows != 1>());
-      if constexpr (kRows != 1) take(std::integral_constant<int, 1>(), std::false_type());
+      take(std::integral_constant<int, kMost>(), std::bool_constant<kFetch>());
+      if constexpr (kMost > 1) take(std::integral_constant<int, 1>(), std::false_type());
     }
   }
 
-  // Output as planes, blocks [begin, end) of all images: normalised into a buffer in L1, from which it is transposed.
+  // Output as planes, blocks [begin, end) of all images: normalised into a buffer, which is in L1 or not far, and transposed from
+  // there.
   __attribute__((noinline)) void apply_turned(std::int64_t begin, std::int64_t end) const {
     using Element =
         std::conditional_t<sizeof(T) == 2, std::uint16_t, std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>>;
-    alignas(NORMEXT_VECTOR_BYTES) T buffer[kTurnedRows * 2 * kTurnedRows];
+    alignas(NORMEXT_VECTOR_BYTES) T buffer[kTurnedBlock * 2 * kTurnedBlock];
     const std::int64_t row_blocks = turned_row_blocks(), column_blocks = turned_column_blocks();
     for (; begin < end; ++begin) {
       const std::int64_t b = begin % row_blocks, column = begin / row_blocks % column_blocks;
       const std::int64_t image = begin / row_blocks / column_blocks;
       const std::int64_t first = b * shape.spatial / row_blocks, count = (b + 1) * shape.spatial / row_blocks - first;
-      const std::int64_t c0 = column * kTurnedRows, width = (column + 1 < column_blocks ? c0 + kTurnedRows : channels) - c0;
+      const std::int64_t c0 = column * kTurnedBlock, width = (column + 1 < column_blocks ? c0 + kTurnedBlock : channels) - c0;
       const T* x = static_cast<const T*>(args.input) + (image * shape.spatial + first) * channels;
       std::int64_t row = 0;
       const auto take = [&](auto how_many) __attribute__((always_inline)) {
         constexpr int kRows = decltype(how_many)::value;
         for (; count - row >= kRows; row += kRows) {
           for_units<A>(c0, c0 + width, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
-            apply_unit<kRows>(x + row * channels + c, nullptr, buffer + row * width + c - c0, width, rows_of(image), c, extent);
+            apply_unit<kRows>(x + row * channels + c, nullptr, buffer + row * width + (c - c0), width, rows_of(image), c, extent);
           });
         }
       };
@@ -320,8 +325,8 @@ struct LastForward {
     }
   }
   // Blocks of rows are as equal as can be, so never smaller than half; the last of channels has what is left.
-  NORMEXT_INLINE std::int64_t turned_row_blocks() const { return (shape.spatial + kTurnedRows - 1) / kTurnedRows; }
-  NORMEXT_INLINE std::int64_t turned_column_blocks() const { return channels < kTurnedRows ? 1 : channels / kTurnedRows; }
+  NORMEXT_INLINE std::int64_t turned_row_blocks() const { return (shape.spatial + kTurnedBlock - 1) / kTurnedBlock; }
+  NORMEXT_INLINE std::int64_t turned_column_blocks() const { return channels < kTurnedBlock ? 1 : channels / kTurnedBlock; }
   void turned_images(std::int64_t begin, std::int64_t end) const {
     const std::int64_t blocks = turned_row_blocks() * turned_column_blocks();
     apply_turned(begin * blocks, end * blocks);
@@ -334,7 +339,7 @@ struct LastForward {
       if (args.output == nullptr) continue;
       prepare_rows<T>(args, image, rows_of(image), plan.padded);
       if (args.planes_output) turned_images(image, image + 1);
-      else apply<Source::kNear>(image * shape.spatial, (image + 1) * shape.spatial);
+      else apply<kSharedRows, false>(image * shape.spatial, (image + 1) * shape.spatial);
     }
   }
 
@@ -362,10 +367,12 @@ struct LastForward {
     }
     const std::int64_t rows = shape.batch * shape.spatial;
     const std::int64_t task = rows_of_task<T>(channels);
-    const bool far = rows * channels * static_cast<std::int64_t>(sizeof(T)) > kFarBytes;
+    const bool far = rows * channels * static_cast<std::int64_t>(sizeof(T)) > kFarBytes, single = takes_single_rows<T>(channels);
     const auto output = [&](std::int64_t begin, std::int64_t end) {
-      if (far) apply<Source::kFar>(begin * task, smaller(end * task, rows));
-      else apply<Source::kNear>(begin * task, smaller(end * task, rows));
+      const std::int64_t first = begin * task, last = smaller(end * task, rows);
+      if (!far) apply<kSharedRows, false>(first, last);
+      else if (single) apply<1, false>(first, last);
+      else apply<kSharedRows, sizeof(T) == 2>(first, last);
     };
     if (args.given_stats) for_ranges(plan.parallel, (rows + task - 1) / task, output);
     else for_ranges_again(plan.parallel, (rows + task - 1) / task, output);

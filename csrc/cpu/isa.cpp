@@ -181,7 +181,7 @@ void transpose(const void* from, void* to, std::int64_t batch, std::int64_t rows
 }
 
 bool turns_into_planes(const ChannelShape& shape) {
-  return kernels().fused_multiply_add && shape.layout == ChannelLayout::kChannelsLast && shape.channels >= kLeastTransposed &&
+  return kernels().fused_multiply_add && !shape.batch_norm() && shape.channels >= kLeastTransposed &&
          shape.spatial >= kLeastTransposed;
 }
 

@@ -36,9 +36,11 @@ ChannelGeometry check_geometry(const char* op, const Tensor& input, std::int64_t
   std::uint64_t spatial = 1;  // unsigned: where another extent is 0 the product may wrap, and nothing uses it then
   for (int d = 2; d < input.ndim(); ++d) spatial *= static_cast<std::uint64_t>(input.sizes()[d]);
   shape.spatial = static_cast<std::int64_t>(spatial);
-  if (groups == ChannelForward::kGroupPerChannel) groups = shape.channels;
+  const bool per_channel = groups == ChannelForward::kGroupPerChannel;
+  if (per_channel) groups = shape.channels;
   // Any number divides no channels; the statistics of that many groups must still be countable.
   if (groups < 0 || groups > INT32_MAX || (groups > 0 && shape.channels % groups != 0)) {
+    if (per_channel) refuse_argument(op, "at most 2147483647 channels", std::to_string(groups));
     refuse_argument(op, "num_groups that divide " + std::to_string(shape.channels) + " channels", std::to_string(groups));
   }
   shape.groups = groups;

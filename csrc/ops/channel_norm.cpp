@@ -125,12 +125,10 @@ ChannelForwardResult channel_forward(const ChannelForward& request) {
   ChannelForwardResult result;
   if (request.contiguous_output) {
     result.output = allocate_like(input, geometry.dtype);
-    // Otherwise the kernels see a contiguous copy of the input.
-    const bool as_it_lies = runs_cpu_kernels(input.device()) && cpu::turns_into_planes(geometry.shape);
-    if (!as_it_lies) {
-      geometry.channels_last = false;
-      geometry.shape.layout = ChannelLayout::kPlanes;
-    }
+    // An image's bits must not depend on how the batch lies.
+    geometry.channels_last =
+        images_are_channels_last(input) && runs_cpu_kernels(input.device()) && cpu::turns_into_planes(geometry.shape);
+    geometry.shape.layout = geometry.channels_last ? ChannelLayout::kChannelsLast : ChannelLayout::kPlanes;
   } else {
     result.output = allocate_in_format(geometry, input);
   }

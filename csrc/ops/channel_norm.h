@@ -17,7 +17,7 @@ struct ChannelForward {
   const char* op;  // for error texts
   const Tensor& input;
   static constexpr std::int64_t kGroupPerChannel = -1;
-  std::int64_t groups = 0;  // 0: batch norm
+  std::int64_t groups = 0;  // 0: batch norm; kGroupPerChannel: instance norm
   const Tensor* residual = nullptr;
   const Tensor* weight = nullptr;
   const Tensor* bias = nullptr;
@@ -28,7 +28,7 @@ struct ChannelForward {
   double eps = 0.0;
   std::int64_t activation = 0;  // an Activation
   bool save_stats = false;
-  bool contiguous_output = false;  // whatever the input's format
+  bool contiguous_output = false;  // whatever the input's format; without residual
 };
 
 struct ChannelForwardResult {

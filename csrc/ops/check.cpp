@@ -48,18 +48,30 @@ Elements elements_of(const Tensor* parameter, DType dtype) {
   return elements;
 }
 
-bool is_channels_last(const Tensor& tensor) {
-  if (tensor.ndim() != 4 && tensor.ndim() != 5) return false;
+namespace {
+
+// The first `places` dimensions in the order of channels-last have ascending strides, as far as these tell.
+bool ascends_as_channels_last(const Tensor& tensor, int places) {
   const std::int64_t channel_stride = tensor.strides()[1];
   if (channel_stride == 0) return false;
   std::int64_t least = 0;
-  for (int place = 0; place < tensor.ndim(); ++place) {
+  for (int place = 0; place < places; ++place) {
     const int d = channels_last_dim(place, tensor.ndim());
     if (tensor.sizes()[d] == 0 || tensor.strides()[d] < least) return false;
     if (d == 0 && least == channel_stride) return false;  // N111 and NC11: the order cannot be told, so it is contiguous
     least = tensor.strides()[d] * std::max<std::int64_t>(tensor.sizes()[d], 1);
   }
   return true;
+}
+
+bool has_such_rank(const Tensor& tensor) { return tensor.ndim() == 4 || tensor.ndim() == 5; }
+
+}  // namespace
+
+bool is_channels_last(const Tensor& tensor) { return has_such_rank(tensor) && ascends_as_channels_last(tensor, tensor.ndim()); }
+
+bool images_are_channels_last(const Tensor& tensor) {
+  return has_such_rank(tensor) && ascends_as_channels_last(tensor, tensor.ndim() - 1);
 }
 
 Tensor allocate_channels_last(const Tensor& like, DType dtype) {

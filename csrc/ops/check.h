@@ -25,6 +25,7 @@ Elements elements_of(const Tensor* parameter, DType dtype);
 
 // torch's suggest_memory_format() for 4 and 5 dimensions, and an output in that format.
 bool is_channels_last(const Tensor& tensor);
+bool images_are_channels_last(const Tensor& tensor);  // each; the batch may lie anyhow, as in x[i].unsqueeze(0)
 Tensor allocate_channels_last(const Tensor& like, DType dtype);
 bool has_channels_last_strides(const Tensor& tensor);  // dense in that format; sizes of 1 may have any stride
 

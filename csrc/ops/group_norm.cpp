@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor> group_norm_forward(const Tensor& input, const Optiona
   return {std::move(result.output), std::move(result.stats)};
 }
 
-// InstanceNorm without gradients: its output is contiguous, in torch too, and channels-last input is not copied for it.
+// InstanceNorm without gradients: its output is contiguous, as in torch, for which channels-last input need not always be copied.
 std::tuple<Tensor, Tensor> instance_norm_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                                  double eps, std::int64_t activation) {
   ChannelForward forward{"instance_norm", input};
