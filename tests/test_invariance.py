@@ -61,6 +61,53 @@ def test_wide_rows_do_not_depend_on_the_batch(op, cols, dtype, backend):
         assert_same(results(case, rows_of(t, index)), expected, index)
 
 
+@pytest.mark.parametrize("cols", [521, 1024, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", cases.OPS)
+def test_rows_from_memory_are_those_from_cache(op, dtype, cols, backend):
+    """The CPU goes through its rows otherwise where the input exceeds 3 MB, or 6 MB in 16 bits."""
+    if backend.runs_cuda_code:
+        pytest.skip("about the CPU's kernels")
+    case = cases.Case(op, cols=cols, dtype=dtype, data="mixed")
+    t = cases.make(case, backend, rows=(6 << 20) // (cols * dtype.itemsize) + 3)
+    assert t.x.nbytes > 6 << 20
+    expected = case.call(t)
+    for start in range(0, len(t.x), 100):
+        index = slice(start, start + 100)
+        assert_same(case.call(rows_of(t, index)), expected, index)
+
+
+PAST_THE_CACHES = """
+import torch
+import normext
+
+for dtype, cols in ((torch.float32, 1024), (torch.float32, 1021), (torch.bfloat16, 1024), (torch.bfloat16, 5000), (torch.float32, 5008)):
+    x = torch.randn((33 << 20) // (cols * dtype.itemsize), cols, dtype=dtype)
+    weight, bias = torch.randn(2, cols, dtype=dtype)
+    for call in (
+        lambda x: normext.layer_norm(x, (cols,), weight, bias),
+        lambda x: normext.rms_norm(x, (cols,), weight),
+        lambda x: normext.add_rms_norm(x, x, (cols,), weight)[0],
+    ):
+        touched = [torch.ones_like(x) for _ in range(6)]
+        addresses = [t.data_ptr() for t in touched]
+        del touched
+        results = [call(x) for _ in range(6)]
+        assert any(min(addresses) <= y.data_ptr() <= max(addresses) for y in results)  # so the pages of some are mapped
+        for rows in (slice(0, 50), slice(3000, 3100), slice(-70, None)):
+            few = call(x[rows])
+            assert all(y.nbytes >= 32 << 20 and y[rows].equal(few) for y in results)
+"""
+
+
+def test_output_past_the_caches(backend):
+    """From 32 MB on the CPU's output goes past the caches into pages that are mapped: here, where memory is never given back."""
+    if backend.runs_cuda_code:
+        pytest.skip("about the CPU's kernels")
+    keep = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+    subprocess.run([sys.executable, "-c", PAST_THE_CACHES], env=backend.environment(**keep), check=True, timeout=280)
+
+
 @pytest.mark.parametrize("cols, dtype", SHAPES)
 @pytest.mark.parametrize("op", cases.OPS)
 def test_permuted_rows_give_permuted_results(op, cols, dtype, backend):

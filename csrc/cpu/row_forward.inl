@@ -1,8 +1,9 @@
 // LayerNorm and RMSNorm forward, with or without a fused residual, for one instruction set.
 //
 // Rows of one segment are handled in batches that stay in L1: the statistics of all rows of the batch, then the output of all, so
-// that the long latencies of one row (sums across lanes, divisions, a root) overlap with the next. Longer rows are handled one at a
-// time, a segment's moments from L1, the output from L2. A row that is split over threads goes through the same sums.
+// that the long latencies of one row (sums across lanes, divisions, a root) overlap with the next. Or in a pipeline: the first sum
+// of a row, the deviations of the row before, the output of the row before that. Longer rows are handled one at a time, a segment's
+// moments from L1, the output from L2. A row that is split over threads goes through the same sums.
 // A residual is added and stored while the first sum is taken; everything after that reads the stored, rounded row.
 
 #pragma once
@@ -18,10 +19,9 @@ namespace {
 
 constexpr int kMaxBatch = 16;                // rows; a whole number of vectors
 constexpr std::int64_t kBatchBytes = 16384;  // a third of L1
-// Rows are fetched a batch ahead. An input that comes from memory in equal shares by all passes over the batch before, so that
-// memory is busy during mere arithmetic, too: 3 to 10 % less time than fetching in one pass, 20 % at 4096x4096 in bfloat16. In L2
-// prefetches cost more than they bring, except in the pass of LayerNorm in float32 that only reads L1: 4 to 10 %.
-constexpr std::int64_t kFarBytes = 3 << 20;  // of input
+// Far: rows are fetched a batch ahead, an input that comes from memory in equal shares by all passes over the batch before, so that
+// memory is busy during mere arithmetic, too: 3 to 10 % less time than fetching in one pass, 20 % at 4096x4096 in bfloat16. Near,
+// in L2, prefetches cost more than they bring, except in the pass of LayerNorm in float32 that only reads L1: 4 to 10 %.
 enum class Source { kNear, kFar };
 
 // To be fetched during a pass, unit by unit: one of kShares shares of a row. 0: nothing.
@@ -36,6 +36,35 @@ struct Ahead {
         __builtin_prefetch(reinterpret_cast<const char*>(begin + column / kShares) + byte);
       }
     }
+  }
+};
+// Likewise a whole row that will be written next, or null. It is read into L2: asking for lines to write, or in L1, gains less.
+template <class O>
+struct OutputAhead {
+  static constexpr int kUnitBytes = kUnit<Accumulate<O>> * static_cast<int>(sizeof(O));
+  const O* begin;
+
+  NORMEXT_INLINE void fetch(std::int64_t column) const {
+    if (begin == nullptr) return;
+    for (int byte = 0; byte < kUnitBytes; byte += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(begin + column) + byte, 0, 2);
+    }
+  }
+};
+// All that the next rows are read from and written to.
+template <class T, class O, bool kResidual>
+struct RowAhead {
+  Ahead<T, 1> input, residual;
+  OutputAhead<T> residual_out;
+  OutputAhead<O> output;
+
+  NORMEXT_INLINE void fetch(std::int64_t column) const {
+    input.fetch(column);
+    if constexpr (kResidual) {
+      residual.fetch(column);
+      residual_out.fetch(column);
+    }
+    output.fetch(column);
   }
 };
 // How many passes share the work in a batch: of all `passes`, or of the one over deviations alone.
@@ -70,8 +99,6 @@ struct RowBatch {
     if constexpr (Policy::kCentred) return {hi[r], lo[r], rstd[r]};
     else return {rstd[r]};
   }
-  NORMEXT_INLINE void set(int r, CentredRow<A> row) { hi[r] = row.hi, lo[r] = row.lo, rstd[r] = row.rstd; }
-  NORMEXT_INLINE void set(int r, ScaledRow<A> row) { rstd[r] = row.rstd; }
 };
 
 // One row as the statistics see it.
@@ -179,6 +206,27 @@ NORMEXT_INLINE const T* next_row(const RowForwardArgs& args, std::int64_t first_
   return static_cast<const T*>(args.input) + args.input_layout.offset(first_row + (r < following ? count : 0) + r);
 }
 
+// Statistics of a row of one segment, or of a vector of such rows, from its mean, which is rounded, and the sums of deviations.
+template <class V>
+NORMEXT_INLINE CentredRow<V> finish_segment(V mean, V sum_d, V sum_d2, V n, V eps) {
+  const Moments<V> segment = moments(mean, sum_d, sum_d2, n);
+  const V merged = n * relative_mean(segment, mean) / n;
+  return finish_centred(mean, merged, centred_square(segment, n, mean, merged), n, eps);
+}
+
+// The same of a single row, and what RMSNorm keeps of one. On vectors, too: where there is no fma, scalars are rounded otherwise.
+template <class A>
+NORMEXT_INLINE CentredRow<A> finish_single(A mean, A sum_d, A sum_d2, A n, A eps) {
+  using V = Vector<A>;
+  const CentredRow<V> row = finish_segment(V{} + mean, V{} + sum_d, V{} + sum_d2, V{} + n, V{} + eps);
+  return {row.hi[0], row.lo[0], row.rstd[0]};
+}
+template <class Policy, class A>
+NORMEXT_INLINE ScaledRow<A> finish_single(A sum_square, A n, A eps) {
+  using V = Vector<A>;
+  return {Policy::finish(V{} + sum_square, V{} + n, V{} + eps).rstd[0]};
+}
+
 // Second half of batch_statistics where the mean counts: sums[0] holds the sums of the rows.
 template <class T, bool kResidual, Source kSource>
 NORMEXT_INLINE void centre_batch(const RowForwardArgs& args, std::int64_t first_row, int count, std::int64_t following,
@@ -200,9 +248,8 @@ NORMEXT_INLINE void centre_batch(const RowForwardArgs& args, std::int64_t first_
   sum_lanes_of_rows(of_row[0], count, sums[1]);
   sum_lanes_of_rows(of_row[1], count, sums[2]);
   for (int r = 0; r < count; r += kLanes<A>) {
-    const Moments<V> segment = moments(load_bytes<V>(sums[0] + r), load_bytes<V>(sums[1] + r), load_bytes<V>(sums[2] + r), n);
-    const V merged = n * relative_mean(segment, segment.mean) / n;
-    const CentredRow<V> row = finish_centred(segment.mean, merged, centred_square(segment, n, segment.mean, merged), n, eps);
+    const CentredRow<V> row =
+        finish_segment(load_bytes<V>(sums[0] + r), load_bytes<V>(sums[1] + r), load_bytes<V>(sums[2] + r), n, eps);
     store_bytes(batch.hi + r, row.hi);
     store_bytes(batch.lo + r, row.lo);
     store_bytes(batch.rstd + r, row.rstd);
@@ -233,18 +280,42 @@ __attribute__((noinline)) void batch_statistics(const RowForwardArgs& args, std:
 }
 
 template <class Policy, class T, bool kResidual>
-__attribute__((noinline)) void long_row_statistics(const RowForwardArgs& args, std::int64_t row, RowBatch<Accumulate<T>>& batch) {
+__attribute__((noinline)) typename Policy::template Row<Accumulate<T>> long_row_statistics(const RowForwardArgs& args,
+                                                                                           std::int64_t row) {
   using A = Accumulate<T>;
   const RowSource<T, kResidual> source(args, row);
   Moments<A> segment[kMaxSegments];
   A terms[kMaxSegments];
   for (std::int64_t s = 0; s < segments_of(args.cols); ++s) segment[s] = segment_moments<Policy>(source, s, args.cols);
-  batch.set(0, finish_row<Policy>(segment, args.cols, static_cast<A>(args.eps), terms));
+  return finish_row<Policy>(segment, args.cols, static_cast<A>(args.eps), terms);
 }
 
+// A row of the output. Past the caches if the plan says so and the row is aligned.
+template <class O, bool kMayStream>
+struct OutputRow {
+  O* row;
+  bool streamed = false;
+
+  NORMEXT_INLINE OutputRow() : row(nullptr) {}
+  NORMEXT_INLINE OutputRow(const RowForwardArgs& args, bool stream, std::int64_t r)
+      : row(static_cast<O*>(args.output) + args.output_layout.offset(r)),
+        streamed(stream && reinterpret_cast<std::uintptr_t>(row) % NORMEXT_VECTOR_BYTES == 0) {}
+  template <class T>
+  NORMEXT_INLINE void store_unit(std::int64_t column, Pair<Accumulate<T>> y, Whole whole) const {
+    if constexpr (kMayStream) {
+      if (streamed) return stream_packed(row + column, pack<T, O>(y));
+    }
+    store<T>(row + column, y, whole);
+  }
+  template <class T>
+  NORMEXT_INLINE void store_unit(std::int64_t column, Pair<Accumulate<T>> y, Partial part) const {
+    store<T>(row + column, y, part);
+  }
+};
+
 // output = norm(x) of kRows rows, columns [begin, end). Parameters are loaded and converted once for all rows.
-template <class Policy, class T, class P, class O, int kMode, int kRows, class Next>
-NORMEXT_INLINE void apply(const RowForwardArgs& args, const T* const* x, O* const* output, const Next* next,
+template <class Policy, class T, class P, int kMode, int kRows, class Output, class Next>
+NORMEXT_INLINE void apply(const RowForwardArgs& args, const T* const* x, const Output* output, const Next* next,
                           const typename Policy::template Row<Accumulate<T>>* row, std::int64_t begin, std::int64_t end) {
   using A = Accumulate<T>;
   const P* weight = static_cast<const P*>(args.weight);
@@ -265,7 +336,7 @@ NORMEXT_INLINE void apply(const RowForwardArgs& args, const T* const* x, O* cons
       Pair<A> y = {Policy::normalise(v[r].a, row[r]), Policy::normalise(v[r].b, row[r])};
       if constexpr ((kMode & kRoundBeforeWeight) != 0) y = Packed<T>::pack(y).unpack();
       if constexpr ((kMode & (kWeight | kBias)) != 0) y = {Policy::affine(y.a, w.a, b.a), Policy::affine(y.b, w.b, b.b)};
-      store<T>(output[r] + column, y, extent);
+      output[r].template store_unit<T>(column, y, extent);
     }
   });
 }
@@ -293,18 +364,38 @@ NORMEXT_INLINE O* output_row(const RowForwardArgs& args, std::int64_t row) {
   return static_cast<O*>(args.output) + args.output_layout.offset(row);
 }
 
+template <class T>
+NORMEXT_INLINE Ahead<T, 1> input_ahead(const RowForwardArgs& args, std::int64_t row) {
+  return {static_cast<const T*>(args.input) + args.input_layout.offset(row)};
+}
+// Row `input` is read next, row `output` formed.
+template <class T, class O, bool kResidual>
+NORMEXT_INLINE RowAhead<T, O, kResidual> row_ahead(const RowForwardArgs& args, bool stream, std::int64_t input,
+                                                   std::int64_t output) {
+  RowAhead<T, O, kResidual> next = {};
+  next.input = input_ahead<T>(args, input);
+  if (!stream) next.output = {output_row<O>(args, output)};
+  if constexpr (kResidual) {
+    const RowSource<T, true> source(args, input);
+    next.residual = {source.residual};
+    next.residual_out = {source.residual_out};
+  }
+  return next;
+}
+
 // Output and saved statistics of `count` rows, of which `following` more come after.
-template <class Policy, class T, class P, class O, int kMode, int kShares>
-__attribute__((noinline)) void apply_batch(const RowForwardArgs& args, std::int64_t first_row, int count, std::int64_t following,
-                                           const RowBatch<Accumulate<T>>& batch) {
+template <class Policy, class T, class P, class O, int kMode, Source kSource>
+__attribute__((noinline)) void apply_batch(const RowForwardArgs& args, bool stream, std::int64_t first_row, int count,
+                                           std::int64_t following, const RowBatch<Accumulate<T>>& batch) {
+  constexpr int shares = kShares<Policy, T, kSource, 2>;
   const T* x[kMaxBatch];
-  Ahead<T, kShares> next[kMaxBatch];
-  O* output[kMaxBatch];
+  Ahead<T, shares> next[kMaxBatch];
+  OutputRow<O, kSource == Source::kFar> output[kMaxBatch];
   typename Policy::template Row<Accumulate<T>> row[kMaxBatch];
   for (int r = 0; r < count; ++r) {
     x[r] = stored_row<T>(args, first_row + r);
-    next[r] = ahead<kShares>(next_row<T>(args, first_row, count, following, r), args.cols, kShares - 1);
-    output[r] = output_row<O>(args, first_row + r);
+    next[r] = ahead<shares>(next_row<T>(args, first_row, count, following, r), args.cols, shares - 1);
+    output[r] = {args, stream, first_row + r};
     row[r] = batch.template row<Policy>(r);
     save_statistics<Policy, Accumulate<T>>(args, first_row + r, row[r]);
   }
@@ -312,7 +403,7 @@ __attribute__((noinline)) void apply_batch(const RowForwardArgs& args, std::int6
   const auto rows = [&](auto how_many) __attribute__((always_inline)) {
     constexpr int kRows = decltype(how_many)::value;
     for (; count - r >= kRows; r += kRows) {
-      apply<Policy, T, P, O, kMode, kRows>(args, x + r, output + r, next + r, row + r, 0, args.cols);
+      apply<Policy, T, P, kMode, kRows>(args, x + r, output + r, next + r, row + r, 0, args.cols);
     }
   };
   // Several rows share the conversion of parameters: four gain 4 % in bfloat16 and lose as much in float32.
@@ -321,26 +412,90 @@ __attribute__((noinline)) void apply_batch(const RowForwardArgs& args, std::int6
   rows(std::integral_constant<int, 1>());
 }
 
+// Rows [begin, end) of one segment in a pipeline of one row per stage, so that a single sequence of lines is read from memory and
+// one is written, both fetched a row ahead, and the scalar arithmetic of a row overlaps with the passes over the others.
+template <class Policy, class T, class P, class O, int kMode, bool kResidual>
+__attribute__((noinline)) void pipeline(const RowForwardArgs& args, bool stream, std::int64_t begin, std::int64_t end) {
+  using A = Accumulate<T>;
+  using Row = typename Policy::template Row<A>;
+  constexpr std::int64_t kDelay = Policy::kCentred ? 2 : 1;  // stages before the output
+  const std::int64_t cols = args.cols, last = args.rows - 1;
+  const A n = static_cast<A>(cols), eps = static_cast<A>(args.eps);
+  A mean = 0;    // of the row whose deviations are next
+  Row row = {};  // of the row whose output is next
+  for (std::int64_t r = begin; r < end + kDelay; ++r) {
+    A sum = 0;
+    if (r < end) sum = sum_lanes<A>(first_sum<Policy>(RowSource<T, kResidual>(args, r), 0, cols, Ahead<T, 0>{}));
+    Row finished = {};
+    if constexpr (Policy::kCentred) {
+      if (r > begin && r <= end) {
+        Vector<A> sums[2];
+        deviation_sums<T>(stored_row<T>(args, r - 1), Ahead<T, 0>{}, mean, cols, sums);
+        finished = finish_single(mean, sum_lanes<A>(sums[0]), sum_lanes<A>(sums[1]), n, eps);
+      }
+      mean = sum / n;
+    } else {
+      finished = finish_single<Policy>(sum, n, eps);
+    }
+    const std::int64_t out = r - kDelay;
+    if (out >= begin) {
+      const T* x = stored_row<T>(args, out);
+      const OutputRow<O, true> output(args, stream, out);
+      const auto next = row_ahead<T, O, kResidual>(args, stream, smaller(r + 1, last), smaller(out + 1, last));
+      save_statistics<Policy, A>(args, out, row);
+      apply<Policy, T, P, kMode, 1>(args, &x, &output, &next, &row, 0, cols);
+    }
+    row = finished;
+  }
+}
+
 template <class Policy, class T, class P, class O, int kMode, Source kSource>
-void forward_rows(const RowForwardArgs& args, std::int64_t begin, std::int64_t end) {
-  const bool one_segment = args.cols <= kSegment;
+void batches(const RowForwardArgs& args, bool stream, std::int64_t begin, std::int64_t end) {
   const std::int64_t fit = kBatchBytes / (args.cols * static_cast<std::int64_t>(sizeof(T)));
-  const std::int64_t most = !one_segment || fit < 1 ? 1 : smaller(fit, kMaxBatch);
+  const std::int64_t most = fit < 1 ? 1 : smaller(fit, kMaxBatch);
   const std::int64_t batch_rows = most > 4 ? most - most % 4 : most;
   RowBatch<Accumulate<T>> batch;
   for (std::int64_t row = begin; row < end; row += batch_rows) {
     const int count = static_cast<int>(smaller(batch_rows, end - row));
     const std::int64_t following = smaller(batch_rows, args.rows - row - count);
-    if (one_segment) {
-      if (args.residual != nullptr) batch_statistics<Policy, T, true, kSource>(args, row, count, following, batch);
-      else batch_statistics<Policy, T, false, kSource>(args, row, count, following, batch);
-      apply_batch<Policy, T, P, O, kMode, kShares<Policy, T, kSource, 2>>(args, row, count, following, batch);
-    } else {
-      if (args.residual != nullptr) long_row_statistics<Policy, T, true>(args, row, batch);
-      else long_row_statistics<Policy, T, false>(args, row, batch);
-      apply_batch<Policy, T, P, O, kMode, kSource == Source::kFar>(args, row, count, following, batch);
-    }
+    if (args.residual != nullptr) batch_statistics<Policy, T, true, kSource>(args, row, count, following, batch);
+    else batch_statistics<Policy, T, false, kSource>(args, row, count, following, batch);
+    apply_batch<Policy, T, P, O, kMode, kSource>(args, stream, row, count, following, batch);
   }
+}
+
+// Rows of several segments. next_of(row) is what to fetch before that row.
+template <class Policy, class T, class P, class O, int kMode, class Next>
+__attribute__((noinline)) void long_rows(const RowForwardArgs& args, bool stream, std::int64_t begin, std::int64_t end,
+                                         Next next_of) {
+  for (std::int64_t r = begin; r < end; ++r) {
+    const auto row =
+        args.residual != nullptr ? long_row_statistics<Policy, T, true>(args, r) : long_row_statistics<Policy, T, false>(args, r);
+    const T* x = stored_row<T>(args, r);
+    const OutputRow<O, true> output(args, stream, r);
+    const auto next = next_of(smaller(r + 1, args.rows - 1));
+    save_statistics<Policy, Accumulate<T>>(args, r, row);
+    apply<Policy, T, P, kMode, 1>(args, &x, &output, &next, &row, 0, args.cols);
+  }
+}
+
+template <class Policy, class T, class P, class O, int kMode>
+void forward_rows(const RowForwardArgs& args, const cpu::ForwardPlan& plan, std::int64_t begin, std::int64_t end) {
+  using cpu::RowSchedule;
+  const bool stream = plan.stream, fused = args.residual != nullptr;
+  if (args.cols > kSegment) {
+    const auto rows = [&](auto next_of) { long_rows<Policy, T, P, O, kMode>(args, stream, begin, end, next_of); };
+    if (plan.schedule == RowSchedule::kBatches) rows([](std::int64_t) { return Ahead<T, 0>{}; });
+    else if (plan.schedule == RowSchedule::kFarBatches) rows([&](std::int64_t r) { return input_ahead<T>(args, r); });
+    else if (fused) rows([&](std::int64_t r) { return row_ahead<T, O, true>(args, stream, r, r); });
+    else rows([&](std::int64_t r) { return row_ahead<T, O, false>(args, stream, r, r); });
+  } else {
+    if (plan.schedule == RowSchedule::kBatches) batches<Policy, T, P, O, kMode, Source::kNear>(args, stream, begin, end);
+    else if (plan.schedule == RowSchedule::kFarBatches) batches<Policy, T, P, O, kMode, Source::kFar>(args, stream, begin, end);
+    else if (fused) pipeline<Policy, T, P, O, kMode, true>(args, stream, begin, end);
+    else pipeline<Policy, T, P, O, kMode, false>(args, stream, begin, end);
+  }
+  if (stream) stream_fence();
 }
 
 // Rows that several threads share: moments of all segments, then, after every row is merged, the output.
@@ -368,9 +523,9 @@ void forward_segments(const RowForwardArgs& args, const cpu::ForwardPlan& plan, 
     for (std::int64_t task = begin; task < end; ++task) {
       const std::int64_t r = task / segments, column = task % segments * kSegment;
       const T* x = stored_row<T>(args, first_row + r);
-      O* output = output_row<O>(args, first_row + r);
+      const OutputRow<O, false> output(args, false, first_row + r);
       const Ahead<T, 0> none{};
-      apply<Policy, T, P, O, kMode, 1>(args, &x, &output, &none, merged + r, column, smaller(column + kSegment, args.cols));
+      apply<Policy, T, P, kMode, 1>(args, &x, &output, &none, merged + r, column, smaller(column + kSegment, args.cols));
     }
   });
 }
@@ -378,11 +533,8 @@ void forward_segments(const RowForwardArgs& args, const cpu::ForwardPlan& plan, 
 template <class Policy, class T, class P, class O, int kMode>
 void forward_as(const RowForwardArgs& args, const cpu::ForwardPlan& plan) {
   if (plan.scratch == nullptr) {
-    const bool far = args.rows * args.cols * static_cast<std::int64_t>(sizeof(T)) > kFarBytes;
-    for_ranges(plan.parallel, args.rows, [&](std::int64_t begin, std::int64_t end) {
-      if (far) forward_rows<Policy, T, P, O, kMode, Source::kFar>(args, begin, end);
-      else forward_rows<Policy, T, P, O, kMode, Source::kNear>(args, begin, end);
-    });
+    for_ranges(plan.parallel, args.rows,
+               [&](std::int64_t begin, std::int64_t end) { forward_rows<Policy, T, P, O, kMode>(args, plan, begin, end); });
     return;
   }
   for (std::int64_t row = 0; row < args.rows; row += plan.group) {

@@ -9,16 +9,26 @@
 
 namespace normext::cpu {
 
-constexpr std::int64_t kSegment = 4096;    // columns; moments and sums of a row are taken per segment
-constexpr std::int64_t kMaxSegments = 64;  // of a row that one thread handles alone
-constexpr std::int64_t kColumnTask = 256;  // of parameter gradients that one thread takes at least; whole units
-constexpr std::int64_t kTermsPerSum = 16;  // that any accumulator takes in sequence
-constexpr std::int64_t kMaxRuns = 128;     // of rows, for parameter gradients
-constexpr std::int64_t kMaxUnit = 64;      // columns to which the widest instruction set pads a row of sums
+constexpr std::int64_t kSegment = 4096;      // columns; moments and sums of a row are taken per segment
+constexpr std::int64_t kMaxSegments = 64;    // of a row that one thread handles alone
+constexpr std::int64_t kColumnTask = 256;    // of parameter gradients that one thread takes at least; whole units
+constexpr std::int64_t kTermsPerSum = 16;    // that any accumulator takes in sequence
+constexpr std::int64_t kFarBytes = 3 << 20;  // an input of more comes from memory, or from a cache that is as far
+constexpr std::int64_t kMaxRuns = 128;       // of rows, for parameter gradients
+constexpr std::int64_t kMaxUnit = 64;        // columns to which the widest instruction set pads a row of sums
+
+// How a thread goes through its rows; the result is the same.
+enum class RowSchedule {
+  kBatches,     // statistics of a batch of rows, then its output
+  kFarBatches,  // the same, and the next batch is fetched meanwhile
+  kPipeline     // a row at a time, its output after the statistics of the next ones, input and output fetched a row ahead
+};
 
 // Null scratch: a row belongs to one thread. Otherwise segments are shared out, `group` rows at a time.
 struct ForwardPlan {
   Parallel parallel;
+  RowSchedule schedule = RowSchedule::kBatches;
+  bool stream = false;  // the output goes past the caches
   std::int64_t group = 1;
   void* scratch = nullptr;  // group * (kScratchPerSegment * segments + kScratchPerRow) doubles
 };

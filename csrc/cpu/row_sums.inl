@@ -14,6 +14,7 @@ namespace normext {
 inline namespace NORMEXT_ISA {
 namespace {
 
+using cpu::kFarBytes;
 using cpu::kMaxSegments;
 using cpu::kSegment;
 

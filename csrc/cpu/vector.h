@@ -130,6 +130,24 @@ NORMEXT_INLINE void store_bytes(void* p, X x) {
   __builtin_memcpy(p, &x, sizeof(X));
 }
 
+// Past the caches, where the instruction set can; p is aligned to sizeof(X). Other threads see it after stream_fence().
+template <class X>
+NORMEXT_INLINE void stream_bytes(void* p, X x) {
+#if NORMEXT_VECTOR_BYTES == 64
+  if constexpr (sizeof(X) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), reinterpret_cast<__m512i>(x));
+#endif
+#if NORMEXT_VECTOR_BYTES >= 32
+  if constexpr (sizeof(X) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(x));
+  if constexpr (sizeof(X) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), reinterpret_cast<__m128i>(x));
+#endif
+  store_bytes(p, x);
+}
+NORMEXT_INLINE void stream_fence() {
+#if NORMEXT_VECTOR_BYTES >= 32
+  _mm_sfence();
+#endif
+}
+
 template <class A>
 struct Pair {
   Vector<A> a, b;
@@ -375,6 +393,17 @@ NORMEXT_INLINE void store_packed(T* p, Packed<T> x, Partial part) {
   store_elements(p, buffer, part.count);
 }
 
+// A whole unit; p is aligned to a vector.
+template <class T>
+NORMEXT_INLINE void stream_packed(T* p, Packed<T> x) {
+  if constexpr (Packed<T>::kEvenOdd) {
+    stream_bytes(p, x.data);
+  } else {
+    stream_bytes(p, x.low);
+    stream_bytes(p + kLanes<Accumulate<T>>, x.high);
+  }
+}
+
 // Columns of T next to columns of Like; columns that do not exist are read as zero.
 template <class Like, class T, class Extent>
 NORMEXT_INLINE Pair<Accumulate<Like>> load(const T* p, Extent extent) {
@@ -384,12 +413,16 @@ NORMEXT_INLINE Pair<Accumulate<Like>> load(const T* p, Extent extent) {
   }
   return x;
 }
-template <class Like, class T, class Extent>
-NORMEXT_INLINE void store(T* p, Pair<Accumulate<Like>> x, Extent extent) {
+template <class Like, class T>
+NORMEXT_INLINE Packed<T> pack(Pair<Accumulate<Like>> x) {
   if constexpr (Packed<Like>::kEvenOdd && !Packed<T>::kEvenOdd) {
     interleave(x.a, x.b, std::make_integer_sequence<int, kLanes<Accumulate<Like>>>());
   }
-  store_packed(p, Packed<T>::pack(x), extent);
+  return Packed<T>::pack(x);
+}
+template <class Like, class T, class Extent>
+NORMEXT_INLINE void store(T* p, Pair<Accumulate<Like>> x, Extent extent) {
+  store_packed(p, pack<Like, T>(x), extent);
 }
 
 }  // namespace NORMEXT_ISA

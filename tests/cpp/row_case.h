@@ -49,6 +49,7 @@ class Tensor {
   void* data() { return bytes_.data() + start_; }
   const void* data() const { return bytes_.data() + start_; }
   RowLayout layout() const { return strided_rows(rows, pitch); }
+  std::size_t size() const { return static_cast<std::size_t>(rows * cols) * size_; }  // bytes, without gaps
   double at(std::int64_t row, std::int64_t col) const { return value_of(dtype, data(), row * pitch + col); }
   void set(std::int64_t row, std::int64_t col, double v) { put(dtype, data(), row * pitch + col, v); }
   void fill(const std::function<double(std::int64_t, std::int64_t)>& f) {

@@ -7,6 +7,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "cpu/row_kernels.h"
 #include "row_case.h"
 
 using namespace normext;
@@ -196,6 +197,47 @@ void invariance() {
       }
 }
 
+// However a thread goes through its rows, and whether or not the output goes past the caches: the same bits, nothing else written.
+void schedules() {
+  for (RowNorm norm : kNorms)
+    for (const Types& types : kTypes)
+      for (std::int64_t n : {1, 15, 64, 100, 768, 1024, 4096, 4097, 9000})
+        for (std::int64_t rows : {1, 2, 5})
+          for (int option = 0; option < 4; ++option) {
+            if (!allowed(norm, types) || (n > 2000 && rows > 2)) continue;
+            Case c{norm, types, rows, n};
+            c.residual = option & 1, c.mean = 2, c.shift = option & 2 ? 3 : 0;
+            Forward expected(c);
+            cpu::row_forward(norm, expected.args(c), parallel());
+            for (auto schedule : {cpu::RowSchedule::kBatches, cpu::RowSchedule::kFarBatches, cpu::RowSchedule::kPipeline})
+              for (bool stream : {false, true}) {
+                cpu::ForwardPlan plan;
+                plan.schedule = schedule, plan.stream = stream;
+                Forward f(c);
+                // Aligned, every row if the width allows, for only then something goes past the caches.
+                std::vector<unsigned char> room(f.y.size() + 192, 0xa5);
+                void* start = room.data() + 64 + (64 - reinterpret_cast<std::uintptr_t>(room.data()) % 64) % 64;
+                RowForwardArgs args = f.args(c);
+                if (stream) args.output = start, args.output_layout = strided_rows(rows, n);
+                cpu::kernels().row[static_cast<int>(norm)].forward(args, plan);
+                if (stream) {
+                  bool same = true;
+                  for (std::int64_t i = 0; i < rows * n; ++i)
+                    same = same && value_of(types.out, start, i) == expected.y.at(i / n, i % n);
+                  const std::ptrdiff_t before = static_cast<unsigned char*>(start) - room.data();
+                  const auto kept = [](unsigned char byte) { return byte == 0xa5; };
+                  same = same && std::all_of(room.begin(), room.begin() + before, kept) &&
+                         std::all_of(room.begin() + before + f.y.size(), room.end(), kept);
+                  expect(same, c.name() + ": output past the caches");
+                } else {
+                  expect(f.y.same_rows(expected.y), c.name() + ": schedule " + std::to_string(int(schedule)));
+                }
+                expect(f.stats.same_rows(expected.stats) && (!c.residual || f.sum.same_rows(expected.sum)) && f.intact(),
+                       c.name() + ": statistics or sum, schedule " + std::to_string(int(schedule)));
+              }
+          }
+}
+
 // No accumulator takes more than 16 terms: constant gradients show longer chains.
 void many_rows() {
   for (std::int64_t rows : {2048, 65536})
@@ -277,6 +319,7 @@ constexpr Test kTests[] = {{"widths", widths},
                            {"constant_rows", constant_rows},
                            {"exact_data", exact_data},
                            {"invariance", invariance},
+                           {"schedules", schedules},
                            {"many_rows", many_rows},
                            {"layouts_and_special_values", layouts_and_special_values},
                            {"empty", empty},
