@@ -26,6 +26,7 @@ SUMS = "csrc/cuda/collectives.cuh"
 FORWARD = "csrc/cuda/row_forward.cuh"
 BACKWARD = "csrc/cuda/row_backward.cuh"
 CPU_FORWARD = "csrc/cpu/row_forward.inl"
+CPU_PASSES = "csrc/cpu/row_passes.inl"
 
 MUTANTS = (
     # ---- statistics
@@ -75,11 +76,27 @@ MUTANTS = (
     ),
     Mutant(
         "statistics of the unrounded sum",
-        CPU_FORWARD,
+        CPU_PASSES,
         "x = keep<T>(sum.unpack(), extent);",
         "x = keep<T>({fma(r.a, scale, x.a), fma(r.b, scale, x.b)}, extent);",
         "avx2",
         EXACT,
+    ),
+    Mutant(
+        "pipeline: deviations from the mean of the next row",
+        CPU_FORWARD,
+        "finished = finish_single(mean, sum_lanes<A>(sums[0])",
+        "finished = finish_single(sum / n, sum_lanes<A>(sums[0])",
+        "avx2",
+        ("tests/test_native.py",),
+    ),
+    Mutant(
+        "past the caches: the upper half of a unit is lost",
+        "csrc/cpu/vector.h",
+        "stream_bytes(p + kLanes<Accumulate<T>>, x.high);",
+        "stream_bytes(p, x.high);",
+        "avx2",
+        ("tests/test_native.py",),
     ),
     # ---- races and mappings
     Mutant(

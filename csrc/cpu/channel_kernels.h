@@ -21,6 +21,7 @@ struct ChannelPlan {
   // A unit of work (a column of lines, an image) fits L2: everything is done for it before the next is begun. Otherwise threads
   // share each pass over the whole input.
   bool resident = false;
+  bool fetch_output = false;  // into L2, during the statistics; planes only
   // Workspace, in the accumulate type. What each layout keeps there is said where it is used.
   void* partial = nullptr;
   void* merged = nullptr;

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cpu/channel_kernels.h"
-#include "cpu/row_forward.inl"
+#include "cpu/row_passes.inl"
 #include "norms/channel_norm.h"
 
 namespace normext {

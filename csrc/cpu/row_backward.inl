@@ -10,6 +10,7 @@
 #pragma once
 
 #include "core/dtypes.h"
+#include "cpu/prefetch.inl"
 #include "cpu/row_sums.inl"
 #include "norms/layer_norm.h"
 #include "norms/rms_norm.h"
@@ -73,10 +74,12 @@ struct RowGradient {
     const T* x = input(row) + begin;
     const G* dy = grad_output(row) + begin;
     const Row stats = statistics(row);
+    const L2Ahead<T> output = {plan.fetch ? static_cast<const T*>(args.grad_input) + row * args.cols + begin : nullptr};
     V lanes[kSums];
     sum_columns<A>(
         segment_cols(segment, args.cols),
         [&](std::int64_t column, auto extent, Sums<A, kSums>& sum) __attribute__((always_inline)) {
+          output.fetch(column);
           const Pair<A> xhat = normalised(x + column, stats, extent);
           const Pair<A> w = weight(begin + column, extent);
           Pair<A> g = load<T>(dy + column, extent);
@@ -111,10 +114,15 @@ struct RowGradient {
     const T* extra[kRows];
     T* dx[kRows];
     Row stats[kRows];
+    L2Ahead<T> next_x[kRows];
+    L2Ahead<G> next_dy[kRows];
     for (int r = 0; r < kRows; ++r) {
       x[r] = input(row + r);
       dy[r] = grad_output(row + r);
       stats[r] = statistics(row + r);
+      const std::int64_t following = smaller(row + kRows + r, args.rows - 1);
+      next_x[r] = {plan.fetch ? input(following) : nullptr};
+      next_dy[r] = {plan.fetch ? grad_output(following) : nullptr};
       extra[r] = args.grad_residual_out == nullptr
                      ? nullptr
                      : static_cast<const T*>(args.grad_residual_out) + args.grad_residual_out_layout.offset(row + r);
@@ -126,6 +134,8 @@ struct RowGradient {
       Pair<A> dw = {}, db = {};
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
+        next_dy[r].fetch(column);
+        next_x[r].fetch(column);
         Pair<A> g = load<T>(dy[r] + column, extent);
         const Pair<A> xhat = normalised(x[r] + column, stats[r], extent);
         Pair<A> factor = xhat;  // of the weight, as the forward saw it

@@ -40,6 +40,7 @@ constexpr std::int64_t kScratchPerRow = 3;
 struct BackwardPlan {
   Parallel parallel;
   bool inside_runs = false;  // threads share the rows, then the columns, of `chunk` rows at a time; otherwise they take whole runs
+  bool fetch = false;        // what comes next into L2: grad_input during the row sums, then the rows of the next block
   std::int64_t runs = 0;     // 0: no parameter gradient is wanted
   std::int64_t block = 1;
   std::int64_t levels = 1;
@@ -66,6 +67,7 @@ struct IsaKernels {
 };
 
 const IsaKernels& kernels();  // the ones in use
+bool is_amd();                // the processor, as it says itself
 // The caller's threads, or none where waking them costs more than they save: `bytes` are those of all passes over the values.
 Parallel threads_for(const Parallel& parallel, std::int64_t bytes);
 

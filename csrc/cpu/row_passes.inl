@@ -1,0 +1,357 @@
+// LayerNorm and RMSNorm forward for one instruction set: the passes over rows that row_forward.inl puts together. Statistics of a
+// batch of rows of one segment, or of a longer row; output of several rows.
+// A residual is added and stored while the first sum is taken; everything after that reads the stored, rounded row.
+
+#pragma once
+
+#include "cpu/prefetch.inl"
+#include "cpu/row_sums.inl"
+#include "norms/layer_norm.h"
+#include "norms/rms_norm.h"
+
+namespace normext {
+inline namespace NORMEXT_ISA {
+namespace {
+
+constexpr int kMaxBatch = 16;                // rows; a whole number of vectors
+constexpr std::int64_t kBatchBytes = 16384;  // a third of L1
+// Far: rows are fetched a batch ahead, an input that comes from memory in equal shares by all passes over the batch before, so that
+// memory is busy during mere arithmetic, too: 3 to 10 % less time than fetching in one pass, 20 % at 4096x4096 in bfloat16. Near,
+// in L2, prefetches cost more than they bring, except in the pass of LayerNorm in float32 that only reads L1: 4 to 10 %.
+enum class Source { kNear, kFar };
+
+// All that the next rows are read from and written to.
+template <class T, class O, bool kResidual>
+struct RowAhead {
+  Ahead<T, 1> input, residual;
+  L2Ahead<T> residual_out;
+  L2Ahead<O> output;
+
+  NORMEXT_INLINE void fetch(std::int64_t column) const {
+    input.fetch(column);
+    if constexpr (kResidual) {
+      residual.fetch(column);
+      residual_out.fetch(column);
+    }
+    output.fetch(column);
+  }
+};
+// How many passes share the work in a batch: of all `passes`, or of the one over deviations alone.
+template <class Policy, class T, Source kSource, int kPass>
+constexpr int kShares = kSource == Source::kFar ? (Policy::kCentred ? 3 : 2) : (kPass == 1 && Policy::kCentred && sizeof(T) >= 4);
+
+template <int kShares, class T>
+NORMEXT_INLINE Ahead<T, kShares> ahead(const T* row, std::int64_t cols, int share) {
+  if constexpr (kShares == 0) return {};
+  else return {row + cols * share / kShares};
+}
+
+// unit(column, extent) for the units of columns [begin, end), a whole number of units from the start of the row.
+template <class A, class Unit>
+NORMEXT_INLINE void for_units(std::int64_t begin, std::int64_t end, Unit unit) {
+  std::int64_t column = begin;
+  for (; end - column >= kUnit<A>; column += kUnit<A>) unit(column, Whole{});
+  if (column < end) unit(column, Partial{static_cast<int>(end - column)});
+}
+
+// How the output is formed: bits, known at compile time.
+constexpr int kWeight = 1, kBias = 2, kRoundBeforeWeight = 4;
+
+template <class A>
+struct RowBatch {
+  alignas(NORMEXT_VECTOR_BYTES) A hi[kMaxBatch] = {};
+  alignas(NORMEXT_VECTOR_BYTES) A lo[kMaxBatch] = {};
+  alignas(NORMEXT_VECTOR_BYTES) A rstd[kMaxBatch] = {};
+
+  template <class Policy>
+  NORMEXT_INLINE typename Policy::template Row<A> row(int r) const {
+    if constexpr (Policy::kCentred) return {hi[r], lo[r], rstd[r]};
+    else return {rstd[r]};
+  }
+};
+
+// One row as the statistics see it.
+template <class T, bool kResidual>
+struct RowSource {
+  using A = Accumulate<T>;
+  const T* input;
+  const T* residual;
+  T* residual_out;
+  A alpha;
+
+  NORMEXT_INLINE RowSource(const RowForwardArgs& args, std::int64_t row)
+      : input(static_cast<const T*>(args.input) + args.input_layout.offset(row)), alpha(static_cast<A>(args.alpha)) {
+    if constexpr (kResidual) {
+      residual = static_cast<const T*>(args.residual) + args.residual_layout.offset(row);
+      residual_out = static_cast<T*>(args.residual_out) + args.residual_out_layout.offset(row);
+    }
+  }
+  // The first look at some columns: the sum is rounded once to T and stored.
+  template <class Extent>
+  NORMEXT_INLINE Pair<A> first(std::int64_t column, Extent extent) const {
+    Pair<A> x = load<T>(input + column, extent);
+    if constexpr (kResidual) {
+      const Pair<A> r = load<T>(residual + column, extent);
+      const Vector<A> scale = Vector<A>{} + alpha;  // by 1 the fma is the plain sum
+      const Packed<T> sum = Packed<T>::pack({fma(r.a, scale, x.a), fma(r.b, scale, x.b)});
+      store_packed(residual_out + column, sum, extent);
+      x = keep<T>(sum.unpack(), extent);
+    }
+    return x;
+  }
+  NORMEXT_INLINE const T* stored() const {
+    if constexpr (kResidual) return residual_out;
+    else return input;
+  }
+};
+
+// Sum of the columns, or of their squares.
+template <class Policy, class T, bool kResidual, class Next>
+NORMEXT_INLINE Vector<Accumulate<T>> first_sum(const RowSource<T, kResidual>& row, std::int64_t begin, std::int64_t cols,
+                                               Next next) {
+  using A = Accumulate<T>;
+  Vector<A> sum[1];
+  sum_columns<A>(
+      cols,
+      [&](std::int64_t column, auto extent, Sums<A, 1>& sums) __attribute__((always_inline)) {
+        next.fetch(column);
+        const Pair<A> x = row.first(begin + column, extent);
+        Pair<A>& s = sums.of[0];
+        if constexpr (Policy::kCentred) s = {s.a + x.a, s.b + x.b};
+        else s = {fma(x.a, x.a, s.a), fma(x.b, x.b, s.b)};
+      },
+      sum);
+  return sum[0];
+}
+
+// Sums of the deviations from `mean` and of their squares.
+template <class T, class Next>
+NORMEXT_INLINE void deviation_sums(const T* x, Next next, Accumulate<T> mean, std::int64_t cols,
+                                   Vector<Accumulate<T>> (&sums_out)[2]) {
+  using A = Accumulate<T>;
+  sum_columns<A>(
+      cols,
+      [&](std::int64_t column, auto extent, Sums<A, 2>& sums) __attribute__((always_inline)) {
+        next.fetch(column);
+        const Pair<A> v = load<T>(x + column, extent);
+        const Pair<A> d = keep<T>({v.a - mean, v.b - mean}, extent);
+        Pair<A>&s = sums.of[0], &s2 = sums.of[1];
+        s = {s.a + d.a, s.b + d.b};
+        s2 = {fma(d.a, d.a, s2.a), fma(d.b, d.b, s2.b)};
+      },
+      sums_out);
+}
+
+// Moments of one segment; without centring only m2 is meant: the sum of squares.
+template <class Policy, class T, bool kResidual>
+NORMEXT_INLINE Moments<Accumulate<T>> segment_moments(const RowSource<T, kResidual>& row, std::int64_t segment, std::int64_t cols) {
+  using A = Accumulate<T>;
+  const std::int64_t begin = segment * kSegment, n = segment_cols(segment, cols);
+  const A sum = sum_lanes<A>(first_sum<Policy>(row, begin, n, Ahead<T, 0>{}));
+  if constexpr (Policy::kCentred) {
+    const A mean = sum / static_cast<A>(n);
+    Vector<A> sums[2];
+    const auto next = ahead<kShares<Policy, T, Source::kNear, 1>>(row.input + (begin + n < cols ? begin + n : begin), n, 0);
+    deviation_sums<T>(row.stored() + begin, next, mean, n, sums);
+    return moments(mean, sum_lanes<A>(sums[0]), sum_lanes<A>(sums[1]), static_cast<A>(n));
+  } else {
+    return {0, 0, sum};
+  }
+}
+
+template <class Policy, class A>
+NORMEXT_INLINE typename Policy::template Row<A> finish_row(const Moments<A>* segment, std::int64_t cols, A eps, A* terms) {
+  if constexpr (Policy::kCentred) {
+    return merge_all(segment, cols, eps, terms);
+  } else {
+    for (std::int64_t s = 0; s < segments_of(cols); ++s) terms[s] = segment[s].m2;
+    return Policy::finish(pairwise(terms, segments_of(cols)), static_cast<A>(cols), eps);
+  }
+}
+
+// The row to fetch while row r of a batch is worked on: the same of the next batch, of which `following` rows exist.
+template <class T>
+NORMEXT_INLINE const T* next_row(const RowForwardArgs& args, std::int64_t first_row, int count, std::int64_t following, int r) {
+  return static_cast<const T*>(args.input) + args.input_layout.offset(first_row + (r < following ? count : 0) + r);
+}
+
+// Statistics of a row of one segment, or of a vector of such rows, from its mean, which is rounded, and the sums of deviations.
+template <class V>
+NORMEXT_INLINE CentredRow<V> finish_segment(V mean, V sum_d, V sum_d2, V n, V eps) {
+  const Moments<V> segment = moments(mean, sum_d, sum_d2, n);
+  const V merged = n * relative_mean(segment, mean) / n;
+  return finish_centred(mean, merged, centred_square(segment, n, mean, merged), n, eps);
+}
+
+// The same of a single row, and what RMSNorm keeps of one. On vectors, too: where there is no fma, scalars are rounded otherwise.
+template <class A>
+NORMEXT_INLINE CentredRow<A> finish_single(A mean, A sum_d, A sum_d2, A n, A eps) {
+  using V = Vector<A>;
+  const CentredRow<V> row = finish_segment(V{} + mean, V{} + sum_d, V{} + sum_d2, V{} + n, V{} + eps);
+  return {row.hi[0], row.lo[0], row.rstd[0]};
+}
+template <class Policy, class A>
+NORMEXT_INLINE ScaledRow<A> finish_single(A sum_square, A n, A eps) {
+  using V = Vector<A>;
+  return {Policy::finish(V{} + sum_square, V{} + n, V{} + eps).rstd[0]};
+}
+
+// Second half of batch_statistics where the mean counts: sums[0] holds the sums of the rows.
+template <class T, bool kResidual, Source kSource>
+NORMEXT_INLINE void centre_batch(const RowForwardArgs& args, std::int64_t first_row, int count, std::int64_t following,
+                                 Vector<Accumulate<T>> (&of_row)[2][kMaxBatch], Accumulate<T> (&sums)[3][kMaxBatch],
+                                 RowBatch<Accumulate<T>>& batch) {
+  using A = Accumulate<T>;
+  using V = Vector<A>;
+  const V n = V{} + static_cast<A>(args.cols), eps = V{} + static_cast<A>(args.eps);
+  for (int r = 0; r < count; r += kLanes<A>) store_bytes(sums[0] + r, load_bytes<V>(sums[0] + r) / n);
+  for (int r = 0; r < count; ++r) {
+    const RowSource<T, kResidual> row(args, first_row + r);
+    const auto next = ahead<kShares<LayerNorm, T, kSource, 1>>(next_row<T>(args, first_row, count, following, r), args.cols,
+                                                               kSource == Source::kFar ? 1 : 0);
+    V deviations[2];
+    deviation_sums<T>(row.stored(), next, sums[0][r], args.cols, deviations);
+    of_row[0][r] = deviations[0];
+    of_row[1][r] = deviations[1];
+  }
+  sum_lanes_of_rows(of_row[0], count, sums[1]);
+  sum_lanes_of_rows(of_row[1], count, sums[2]);
+  for (int r = 0; r < count; r += kLanes<A>) {
+    const CentredRow<V> row =
+        finish_segment(load_bytes<V>(sums[0] + r), load_bytes<V>(sums[1] + r), load_bytes<V>(sums[2] + r), n, eps);
+    store_bytes(batch.hi + r, row.hi);
+    store_bytes(batch.lo + r, row.lo);
+    store_bytes(batch.rstd + r, row.rstd);
+  }
+}
+
+// Statistics of `count` rows of one segment each. The last step runs on vectors of rows.
+template <class Policy, class T, bool kResidual, Source kSource>
+__attribute__((noinline)) void batch_statistics(const RowForwardArgs& args, std::int64_t first_row, int count,
+                                                std::int64_t following, RowBatch<Accumulate<T>>& batch) {
+  using A = Accumulate<T>;
+  using V = Vector<A>;
+  const V n = V{} + static_cast<A>(args.cols), eps = V{} + static_cast<A>(args.eps);
+  alignas(V) A sums[3][kMaxBatch] = {};
+  V of_row[2][kMaxBatch];
+  for (int r = 0; r < count; ++r) {
+    const auto next = ahead<kShares<Policy, T, kSource, 0>>(next_row<T>(args, first_row, count, following, r), args.cols, 0);
+    of_row[0][r] = first_sum<Policy>(RowSource<T, kResidual>(args, first_row + r), 0, args.cols, next);
+  }
+  sum_lanes_of_rows(of_row[0], count, sums[0]);
+  if constexpr (Policy::kCentred) {
+    centre_batch<T, kResidual, kSource>(args, first_row, count, following, of_row, sums, batch);
+  } else {
+    for (int r = 0; r < count; r += kLanes<A>) {
+      store_bytes(batch.rstd + r, Policy::finish(load_bytes<V>(sums[0] + r), n, eps).rstd);
+    }
+  }
+}
+
+template <class Policy, class T, bool kResidual>
+__attribute__((noinline)) typename Policy::template Row<Accumulate<T>> long_row_statistics(const RowForwardArgs& args,
+                                                                                           std::int64_t row) {
+  using A = Accumulate<T>;
+  const RowSource<T, kResidual> source(args, row);
+  Moments<A> segment[kMaxSegments];
+  A terms[kMaxSegments];
+  for (std::int64_t s = 0; s < segments_of(args.cols); ++s) segment[s] = segment_moments<Policy>(source, s, args.cols);
+  return finish_row<Policy>(segment, args.cols, static_cast<A>(args.eps), terms);
+}
+
+// A row of the output. Past the caches if the plan says so and the row is aligned.
+template <class O, bool kMayStream>
+struct OutputRow {
+  O* row;
+  bool streamed = false;
+
+  NORMEXT_INLINE OutputRow() : row(nullptr) {}
+  NORMEXT_INLINE OutputRow(const RowForwardArgs& args, bool stream, std::int64_t r)
+      : row(static_cast<O*>(args.output) + args.output_layout.offset(r)),
+        streamed(stream && reinterpret_cast<std::uintptr_t>(row) % NORMEXT_VECTOR_BYTES == 0) {}
+  template <class T>
+  NORMEXT_INLINE void store_unit(std::int64_t column, Pair<Accumulate<T>> y, Whole whole) const {
+    if constexpr (kMayStream) {
+      if (streamed) return stream_packed(row + column, pack<T, O>(y));
+    }
+    store<T>(row + column, y, whole);
+  }
+  template <class T>
+  NORMEXT_INLINE void store_unit(std::int64_t column, Pair<Accumulate<T>> y, Partial part) const {
+    store<T>(row + column, y, part);
+  }
+};
+
+// output = norm(x) of kRows rows, columns [begin, end). Parameters are loaded and converted once for all rows.
+template <class Policy, class T, class P, int kMode, int kRows, class Output, class Next>
+NORMEXT_INLINE void apply(const RowForwardArgs& args, const T* const* x, const Output* output, const Next* next,
+                          const typename Policy::template Row<Accumulate<T>>* row, std::int64_t begin, std::int64_t end) {
+  using A = Accumulate<T>;
+  const P* weight = static_cast<const P*>(args.weight);
+  const P* bias = static_cast<const P*>(args.bias);
+  const A offset = static_cast<A>(args.weight_offset);
+  for_units<A>(begin, end, [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
+    Pair<A> w = {Vector<A>{} + A(1), Vector<A>{} + A(1)}, b = {};
+    if constexpr ((kMode & kWeight) != 0) w = load<T>(weight + column, extent);
+    if constexpr ((kMode & kBias) != 0) b = load<T>(bias + column, extent);
+    if constexpr (!Policy::kCentred) w = {w.a + offset, w.b + offset};
+    // All rows are loaded before any is stored: equal offsets within pages of 4 KB would make loads wait for the stores.
+    Pair<A> v[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) v[r] = load<T>(x[r] + column, extent);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      next[r].fetch(column);
+      Pair<A> y = {Policy::normalise(v[r].a, row[r]), Policy::normalise(v[r].b, row[r])};
+      if constexpr ((kMode & kRoundBeforeWeight) != 0) y = Packed<T>::pack(y).unpack();
+      if constexpr ((kMode & (kWeight | kBias)) != 0) y = {Policy::affine(y.a, w.a, b.a), Policy::affine(y.b, w.b, b.b)};
+      output[r].template store_unit<T>(column, y, extent);
+    }
+  });
+}
+
+template <class Policy, class A>
+NORMEXT_INLINE void save_statistics(const RowForwardArgs& args, std::int64_t row, typename Policy::template Row<A> value) {
+  A* stats = static_cast<A*>(args.stats);
+  if (stats == nullptr) return;
+  if constexpr (Policy::kCentred) {
+    stats[row] = value.hi;
+    stats[args.rows + row] = value.lo;
+    stats[2 * args.rows + row] = value.rstd;
+  } else {
+    stats[row] = value.rstd;
+  }
+}
+
+template <class T>
+NORMEXT_INLINE const T* stored_row(const RowForwardArgs& args, std::int64_t row) {
+  return args.residual == nullptr ? static_cast<const T*>(args.input) + args.input_layout.offset(row)
+                                  : static_cast<const T*>(args.residual_out) + args.residual_out_layout.offset(row);
+}
+template <class O>
+NORMEXT_INLINE O* output_row(const RowForwardArgs& args, std::int64_t row) {
+  return static_cast<O*>(args.output) + args.output_layout.offset(row);
+}
+
+template <class T>
+NORMEXT_INLINE Ahead<T, 1> input_ahead(const RowForwardArgs& args, std::int64_t row) {
+  return {static_cast<const T*>(args.input) + args.input_layout.offset(row)};
+}
+// Row `input` is read next, row `output` formed.
+template <class T, class O, bool kResidual>
+NORMEXT_INLINE RowAhead<T, O, kResidual> row_ahead(const RowForwardArgs& args, bool stream, std::int64_t input,
+                                                   std::int64_t output) {
+  RowAhead<T, O, kResidual> next = {};
+  next.input = input_ahead<T>(args, input);
+  if (!stream) next.output = {output_row<O>(args, output)};
+  if constexpr (kResidual) {
+    const RowSource<T, true> source(args, input);
+    next.residual = {source.residual};
+    next.residual_out = {source.residual_out};
+  }
+  return next;
+}
+
+}  // namespace
+}  // namespace NORMEXT_ISA
+}  // namespace normext
