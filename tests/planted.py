@@ -83,7 +83,7 @@ MUTANTS = (
         EXACT,
     ),
     Mutant(
-        "pipeline: deviations from the mean of the next row",
+        "pipeline: the mean of the next row",
         CPU_FORWARD,
         "finished = finish_single(mean, sum_lanes<A>(sums[0])",
         "finished = finish_single(sum / n, sum_lanes<A>(sums[0])",

@@ -23,8 +23,9 @@ static_assert(kTurnedBlock % cpu::kMaxUnit == 0 && kTurnedBlock / 2 >= cpu::kLea
 
 // Rows that share the scalars of a channel in a pass over all values. From memory, prefetchers want one sequence of lines: in
 // float32 and wider a row at a time is as fast as a copy while the scalars come from L1 [Zen 4, 8x144x56x56 given statistics: 1025
-// -> 584 us; 8x2048x7x7: 143 -> 156], and fetching a page ahead saves more [8x512x28x28: 454 -> 395]. In 16 bits arithmetic counts
-// as much, so rows are still shared, and the next ones are fetched as one sequence [8x256x56x56: 927 -> 529 us].
+// -> 584 us; 8x2048x7x7: 143 -> 156], and fetching a page ahead saves more [Zen 4, 8x512x28x28 given statistics: 454 -> 395 us]. In
+// 16 bits arithmetic counts as much, so rows are still shared, and the next ones are fetched as one sequence [8x256x56x56: 927 ->
+// 529 us].
 constexpr int kSharedRows = 4;
 constexpr std::int64_t kPage = 4096;              // bytes
 constexpr std::int64_t kScalarBytes = 16 * 1024;  // that leave room in L1: 819 channels in float32
@@ -42,8 +43,8 @@ NORMEXT_INLINE void fetch_next_rows(const T* p, std::int64_t channels, std::int6
   for (int byte = 0; byte < kRows * kUnitBytes; byte += 64) __builtin_prefetch(line + byte, 0, kLocality);
 }
 
-// To L2 the next run is fetched: from memory up to 20 % less time for a forward and more for a backward; where all is in L2 anyway,
-// up to 3 % more.
+// Fetches the unit at p. Locality as __builtin_prefetch has it: 3 is L1, 2 is L2. Sums fetch the next run to L2: from memory up to
+// 20 % less time for a forward and more for a backward; where all is in L2 anyway, up to 3 % more.
 template <int kLocality = 2, class T>
 NORMEXT_INLINE void fetch_unit(const T* p) {
   for (int byte = 0; byte < kUnit<Accumulate<T>> * static_cast<int>(sizeof(T)); byte += 64) {

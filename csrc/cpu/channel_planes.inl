@@ -38,8 +38,8 @@ __attribute__((noinline)) void line_moments(const T* x, std::int64_t n, int coun
   for (int r = 0; r < count; r += kLanes<A>) store_bytes(sums[0] + r, load_bytes<V>(sums[0] + r) / size);
   for (int r = 0; r < count; ++r) {
     V deviations[2];
-    RowAhead<T, T, false> next = {};
-    next.input = {x + (r + count) * n};
+    RowAhead<T, T, false, 1> next = {};
+    next.source.input = {x + (r + count) * n};
     next.output = {at(output, r * n)};
     deviation_sums<T>(x + r * n, next, sums[0][r], n, deviations);
     of_line[0][r] = deviations[0];

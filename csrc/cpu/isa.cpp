@@ -71,15 +71,16 @@ const IsaKernels& choose_kernels() {
 // Waking the pool costs a microsecond or two, in which one core handles this much, counted as if 16-bit elements had 32 bits: they
 // take as long. Measured even at about 18000 elements of a norm and 9000 of a fused one.
 constexpr std::int64_t kSerialBytes = 160 * 1024;
-// Zen 4 is slow far from L2 when several rows are read or written in turns [2048x1024, times of far batches and of the pipeline:
-// LayerNorm float32 406, 316 us, RMSNorm 304, 205; bfloat16 from 8 MB on, LayerNorm at 16384x1024 2.95, 2.65 ms]. In 16 bits
-// arithmetic counts as much, and batches save more of it, above all in short rows. Sapphire Rapids was measured with batches alone.
+// Zen 4 is slow far from L2 when several rows are read or written in turns [us, of batches, far batches and the pipeline: LayerNorm
+// 2048x1024 float32 417, 450, 316; RMSNorm 285, 304, 205; LayerNorm 16384x1024 bfloat16 2963, 2954, 2711]. In 16 bits arithmetic
+// counts as much, and batches save more of it, above all in short rows [LayerNorm bfloat16 2048x1024 242, 260, 263; 32768x128 635,
+// 814, 965]. A residual is a second input. Sapphire Rapids was measured with batches alone, its limit with plain norms.
 constexpr std::int64_t kFarHalfBytes = 6 << 20;
 constexpr std::int64_t kFarHalfCols = 512;
 // An output that fills the caches is written past them where its pages are mapped [Zen 4, 16384x1024 in mapped pages: LayerNorm
 // float32 4.97 -> 3.43 ms, RMSNorm and the sum of its output 6.04 -> 5.66, and its product with 64 columns 21.8 -> 20.2; bfloat16
-// 2.59 -> 2.36, 3.05 -> 2.48, 8.21 -> 7.07. Fresh pages are in the caches once the system has cleared them: no gain, on a Xeon a
-// loss].
+// 2.59 -> 2.36, 3.05 -> 2.48, 8.21 -> 7.07. Fresh pages are in the caches once the system has cleared them: no gain there, on a
+// Xeon a loss; on that mapped pages were not measured together with what follows].
 constexpr std::int64_t kStreamBytes = 32 << 20;
 // Inputs from here on have their gradients fetched ahead on Zen [forward and backward, us: LayerNorm float32 1576x768 1001 -> 802,
 // bfloat16 745 -> 691; 4096x4096 13804 -> 11963, 7390 -> 6296]. In L2 it brings nothing and costs up to 1 %.
@@ -124,7 +125,7 @@ bool is_mapped(const void* data, std::int64_t bytes) {
 bool streams(const RowForwardArgs& args) {
   const std::int64_t bytes = args.rows * args.cols * static_cast<std::int64_t>(size_of(args.output_dtype));
   const bool contiguous = args.output_layout.dims == 1 && args.output_layout.stride[0] == args.cols;
-  return bytes >= kStreamBytes && contiguous && args.output != args.input && args.output != args.residual_out &&
+  return is_amd() && bytes >= kStreamBytes && contiguous && args.output != args.input && args.output != args.residual_out &&
          is_mapped(args.output, bytes);
 }
 

@@ -22,8 +22,8 @@ struct Ahead {
     }
   }
 };
-// The same for a whole row, or nothing if null, and to L2: above all one that will be written. Asking for lines to write, or in L1,
-// gains less.
+// The same for a whole row, or nothing if null, and to L2. Of a row that will be written the lines are asked for as if to read: on
+// Zen 4 as good as asking for them to write.
 template <class O>
 struct L2Ahead {
   static constexpr int kUnitBytes = kUnit<Accumulate<O>> * static_cast<int>(sizeof(O));

@@ -121,8 +121,8 @@ struct RowGradient {
       dy[r] = grad_output(row + r);
       stats[r] = statistics(row + r);
       const std::int64_t following = smaller(row + kRows + r, args.rows - 1);
-      next_x[r] = {plan.fetch ? input(following) : nullptr};
-      next_dy[r] = {plan.fetch ? grad_output(following) : nullptr};
+      next_x[r] = {input(following)};
+      next_dy[r] = {grad_output(following)};
       extra[r] = args.grad_residual_out == nullptr
                      ? nullptr
                      : static_cast<const T*>(args.grad_residual_out) + args.grad_residual_out_layout.offset(row + r);
@@ -132,10 +132,15 @@ struct RowGradient {
     const auto unit = [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
       const Pair<A> w = weight(column, extent);
       Pair<A> dw = {}, db = {};
+      if (plan.fetch) {
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          next_dy[r].fetch(column);
+          next_x[r].fetch(column);
+        }
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        next_dy[r].fetch(column);
-        next_x[r].fetch(column);
         Pair<A> g = load<T>(dy[r] + column, extent);
         const Pair<A> xhat = normalised(x[r] + column, stats[r], extent);
         Pair<A> factor = xhat;  // of the weight, as the forward saw it

@@ -21,14 +21,14 @@ constexpr std::int64_t kMaxUnit = 64;        // columns to which the widest inst
 enum class RowSchedule {
   kBatches,     // statistics of a batch of rows, then its output
   kFarBatches,  // the same, and the next batch is fetched meanwhile
-  kPipeline     // a row at a time, its output after the statistics of the next ones, input and output fetched a row ahead
+  kPipeline     // a row at a time, its output after the statistics of what follows; all is fetched a row ahead
 };
 
 // Null scratch: a row belongs to one thread. Otherwise segments are shared out, `group` rows at a time.
 struct ForwardPlan {
   Parallel parallel;
   RowSchedule schedule = RowSchedule::kBatches;
-  bool stream = false;  // the output goes past the caches
+  bool stream = false;  // the output may go past the caches; batches that are not far never do
   std::int64_t group = 1;
   void* scratch = nullptr;  // group * (kScratchPerSegment * segments + kScratchPerRow) doubles
 };

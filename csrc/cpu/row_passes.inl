@@ -20,23 +20,30 @@ constexpr std::int64_t kBatchBytes = 16384;  // a third of L1
 // in L2, prefetches cost more than they bring, except in the pass of LayerNorm in float32 that only reads L1: 4 to 10 %.
 enum class Source { kNear, kFar };
 
-// All that the next rows are read from and written to.
-template <class T, class O, bool kResidual>
+// One of kShares shares of what a next row is read from.
+template <class T, bool kResidual, int kShares>
+struct SourceAhead {
+  Ahead<T, kShares> input, residual;
+
+  NORMEXT_INLINE void fetch(std::int64_t column) const {
+    input.fetch(column);
+    if constexpr (kResidual) residual.fetch(column);
+  }
+};
+// The same, and all that next rows are written to.
+template <class T, class O, bool kResidual, int kShares>
 struct RowAhead {
-  Ahead<T, 1> input, residual;
+  SourceAhead<T, kResidual, kShares> source;
   L2Ahead<T> residual_out;
   L2Ahead<O> output;
 
   NORMEXT_INLINE void fetch(std::int64_t column) const {
-    input.fetch(column);
-    if constexpr (kResidual) {
-      residual.fetch(column);
-      residual_out.fetch(column);
-    }
+    source.fetch(column);
+    if constexpr (kResidual) residual_out.fetch(column);
     output.fetch(column);
   }
 };
-// How many passes share the work in a batch: of all `passes`, or of the one over deviations alone.
+// How many passes share the work in a batch: all passes, or the one over deviations alone.
 template <class Policy, class T, Source kSource, int kPass>
 constexpr int kShares = kSource == Source::kFar ? (Policy::kCentred ? 3 : 2) : (kPass == 1 && Policy::kCentred && sizeof(T) >= 4);
 
@@ -259,7 +266,7 @@ __attribute__((noinline)) typename Policy::template Row<Accumulate<T>> long_row_
   return finish_row<Policy>(segment, args.cols, static_cast<A>(args.eps), terms);
 }
 
-// A row of the output. Past the caches if the plan says so and the row is aligned.
+// A row of the output. Past the caches if the plan says so, the instruction set can and the row is a matter of whole lines.
 template <class O, bool kMayStream>
 struct OutputRow {
   O* row;
@@ -268,7 +275,7 @@ struct OutputRow {
   NORMEXT_INLINE OutputRow() : row(nullptr) {}
   NORMEXT_INLINE OutputRow(const RowForwardArgs& args, bool stream, std::int64_t r)
       : row(static_cast<O*>(args.output) + args.output_layout.offset(r)),
-        streamed(stream && reinterpret_cast<std::uintptr_t>(row) % NORMEXT_VECTOR_BYTES == 0) {}
+        streamed(kMayStream && NORMEXT_VECTOR_BYTES >= 32 && stream && reinterpret_cast<std::uintptr_t>(row) % 64 == 0) {}
   template <class T>
   NORMEXT_INLINE void store_unit(std::int64_t column, Pair<Accumulate<T>> y, Whole whole) const {
     if constexpr (kMayStream) {
@@ -328,27 +335,23 @@ NORMEXT_INLINE const T* stored_row(const RowForwardArgs& args, std::int64_t row)
   return args.residual == nullptr ? static_cast<const T*>(args.input) + args.input_layout.offset(row)
                                   : static_cast<const T*>(args.residual_out) + args.residual_out_layout.offset(row);
 }
-template <class O>
-NORMEXT_INLINE O* output_row(const RowForwardArgs& args, std::int64_t row) {
-  return static_cast<O*>(args.output) + args.output_layout.offset(row);
+template <class T, bool kResidual, int kShares>
+NORMEXT_INLINE SourceAhead<T, kResidual, kShares> source_ahead(const RowForwardArgs& args, std::int64_t row, int share) {
+  const RowSource<T, kResidual> source(args, row);
+  SourceAhead<T, kResidual, kShares> next = {};
+  next.input = ahead<kShares>(source.input, args.cols, share);
+  if constexpr (kResidual) next.residual = ahead<kShares>(source.residual, args.cols, share);
+  return next;
 }
-
-template <class T>
-NORMEXT_INLINE Ahead<T, 1> input_ahead(const RowForwardArgs& args, std::int64_t row) {
-  return {static_cast<const T*>(args.input) + args.input_layout.offset(row)};
-}
-// Row `input` is read next, row `output` formed.
-template <class T, class O, bool kResidual>
-NORMEXT_INLINE RowAhead<T, O, kResidual> row_ahead(const RowForwardArgs& args, bool stream, std::int64_t input,
-                                                   std::int64_t output) {
-  RowAhead<T, O, kResidual> next = {};
-  next.input = input_ahead<T>(args, input);
-  if (!stream) next.output = {output_row<O>(args, output)};
-  if constexpr (kResidual) {
-    const RowSource<T, true> source(args, input);
-    next.residual = {source.residual};
-    next.residual_out = {source.residual_out};
-  }
+// The last share of row `input`, which is read next, and all of row `output`, which is written next.
+template <class T, class O, bool kResidual, int kShares>
+NORMEXT_INLINE RowAhead<T, O, kResidual, kShares> row_ahead(const RowForwardArgs& args, bool stream, std::int64_t input,
+                                                            std::int64_t output) {
+  RowAhead<T, O, kResidual, kShares> next = {};
+  next.source = source_ahead<T, kResidual, kShares>(args, input, kShares - 1);
+  if constexpr (kResidual) next.residual_out = {RowSource<T, true>(args, input).residual_out};
+  const OutputRow<O, true> next_output(args, stream, output);
+  if (!next_output.streamed) next.output = {next_output.row};
   return next;
 }
 
