@@ -73,10 +73,11 @@ const IsaKernels& choose_kernels() {
 constexpr std::int64_t kSerialBytes = 160 * 1024;
 // Zen 4 is slow far from L2 when several rows are read or written in turns [us, of batches, far batches and the pipeline: LayerNorm
 // 2048x1024 float32 417, 450, 316; RMSNorm 285, 304, 205; LayerNorm 16384x1024 bfloat16 2963, 2954, 2711]. In 16 bits arithmetic
-// counts as much, and batches save more of it, above all in short rows [LayerNorm bfloat16 2048x1024 242, 260, 263; 32768x128 635,
-// 814, 965]. A residual is a second input. Sapphire Rapids was measured with batches alone, its limit with plain norms.
+// counts as much, and batches save more of it [LayerNorm bfloat16 2048x1024 242, 260, 263], above all in short rows [bfloat16
+// 32768x128 635, 814, 965; float32, batches and pipeline: 32768x128 1265, 843; 50000x48 677, 1124]. A residual is a second input.
+// Sapphire Rapids was measured with batches alone, its limit with plain norms.
 constexpr std::int64_t kFarHalfBytes = 6 << 20;
-constexpr std::int64_t kFarHalfCols = 512;
+constexpr std::int64_t kFarCols = 128, kFarHalfCols = 512;
 // An output that fills the caches is written past them where its pages are mapped [Zen 4, 16384x1024 in mapped pages: LayerNorm
 // float32 4.97 -> 3.43 ms, RMSNorm and the sum of its output 6.04 -> 5.66, and its product with 64 columns 21.8 -> 20.2; bfloat16
 // 2.59 -> 2.36, 3.05 -> 2.48, 8.21 -> 7.07. Fresh pages are in the caches once the system has cleared them: no gain there, on a
@@ -99,7 +100,7 @@ RowSchedule schedule_of(const RowForwardArgs& args) {
   if (is_amd()) {
     const std::int64_t read = args.residual == nullptr ? bytes : 2 * bytes;
     const bool half = size_of(args.dtype) == 2;
-    const bool far = half ? read > kFarHalfBytes && args.cols >= kFarHalfCols : read > kFarBytes;
+    const bool far = half ? read > kFarHalfBytes && args.cols >= kFarHalfCols : read > kFarBytes && args.cols >= kFarCols;
     return far ? RowSchedule::kPipeline : RowSchedule::kBatches;
   }
   return bytes > kFarBytes ? RowSchedule::kFarBatches : RowSchedule::kBatches;
