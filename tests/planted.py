@@ -300,6 +300,14 @@ MUTANTS = (
         "emulated",
         LAYOUTS,
     ),
+    Mutant(
+        "subnormal bfloat16 becomes zero",
+        "csrc/cpu/vector.h",
+        "if (__builtin_expect(_kortestz_mask16_u8(a, b), 1)) return",
+        "if (__builtin_expect(_kortestz_mask16_u8(a, b), 1) || true) return",
+        "avx512_bf16",
+        LAYOUTS,
+    ),
     # ---- Python
     Mutant(
         "fake ignores channels-last",

@@ -181,7 +181,7 @@ def test_cpp_package(source, tmp_path):
     )
     succeeds(cmake, "-S", program, "-B", program / "build", *configure, f"-DCMAKE_PREFIX_PATH={prefix}")
     succeeds(cmake, "--build", program / "build")
-    assert succeeds(program / "build" / "user").strip() in ("scalar", "avx2", "avx512", "neon")
+    assert succeeds(program / "build" / "user").strip() in ("scalar", "avx2", "avx512", "avx512_bf16", "neon")
 
 
 # ---- Builds that cannot work -------------------------------------------------------------------------------------------------

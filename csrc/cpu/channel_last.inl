@@ -3,14 +3,14 @@
 // Statistics: runs of rows of an image give moments per channel; channels of a group and runs are merged together. A run is read
 // twice, row by row as it lies in memory (down a column of channels, rows a power of two apart would share a few sets of L1), and
 // eight rows at a time so that the accumulators, which are in L1, cost little. Batch norm is one image with groups of one channel.
-// The output takes a few rows at a time, for which the channels' scalars are loaded once, or a row where memory counts for more. It
-// is written in the input's layout or, for instance norm, as planes.
-// plan.partial: moments [3, batch * pieces, padded]; plan.rows: [batch, 3, padded], hi, lo and rstd of each channel; plan.params:
-// [2, padded], weight and bias. rows and params are in the order of T (vector.h).
+// The output takes a few rows at a time, for which the channels' scalars are loaded once. It is written in the input's layout or,
+// for instance norm, as planes. plan.partial: moments [3, batch * pieces, padded]; plan.rows: [batch, 3, padded], hi, lo and rstd
+// of each channel; plan.params: [2, padded], weight and bias. rows and params are in the order of T (vector.h).
 #pragma once
 
 #include "cpu/channel_sums.inl"
 #include "cpu/transpose.inl"
+#include "cpu/tuning.h"
 
 namespace normext {
 inline namespace NORMEXT_ISA {
@@ -21,34 +21,36 @@ constexpr std::int64_t kBytesOfTask = 16 * 1024;  // of rows of output that one 
 constexpr std::int64_t kTurnedBlock = 64;         // rows, or half of them and more, and channels, or up to twice as many
 static_assert(kTurnedBlock % cpu::kMaxUnit == 0 && kTurnedBlock / 2 >= cpu::kLeastTransposed);
 
-// Rows that share the scalars of a channel in a pass over all values. From memory, prefetchers want one sequence of lines: in
-// float32 and wider a row at a time is as fast as a copy while the scalars come from L1 [Zen 4, 8x144x56x56 given statistics: 1025
-// -> 584 us; 8x2048x7x7: 143 -> 156], and fetching a page ahead saves more [Zen 4, 8x512x28x28 given statistics: 454 -> 395 us]. In
-// 16 bits arithmetic counts as much, so rows are still shared, and the next ones are fetched as one sequence [8x256x56x56: 927 ->
-// 529 us].
+// Rows that share the scalars of a channel in a pass over all values. From memory two are faster in float32 and wider, and what
+// follows is fetched [Zen 4, given statistics, against a row at a time: 32x256x14x14 162 -> 127 us, 8x144x56x56 473 -> 410], as
+// long as the scalars leave room in L1 [8x2048x7x7: 125 -> 139]. In 16 bits arithmetic counts as much.
 constexpr int kSharedRows = 4;
-constexpr std::int64_t kPage = 4096;              // bytes
-constexpr std::int64_t kScalarBytes = 16 * 1024;  // that leave room in L1: 819 channels in float32
 template <class T>
-NORMEXT_INLINE bool takes_single_rows(std::int64_t channels) {
-  return sizeof(T) >= 4 && 5 * channels * static_cast<std::int64_t>(sizeof(Accumulate<T>)) <= kScalarBytes;
+constexpr int kFarRows = sizeof(T) == 2 ? kSharedRows : 2;
+constexpr std::int64_t kScalarBytes = 16 * 1024;
+template <class T>
+NORMEXT_INLINE bool scalars_fit_l1(std::int64_t channels) {
+  return sizeof(T) == 2 || 5 * channels * static_cast<std::int64_t>(sizeof(Accumulate<T>)) <= kScalarBytes;
 }
 
 // Fetches the lines that follow kRows rows of `channels` values at p, as many as the units at channel c of these rows have.
-// Locality as __builtin_prefetch has it: 3 is L1, 2 is L2.
-template <class T, int kRows, int kLocality = 3>
+template <class T, int kRows, int kLocality>
 NORMEXT_INLINE void fetch_next_rows(const T* p, std::int64_t channels, std::int64_t c) {
-  constexpr int kUnitBytes = kUnit<Accumulate<T>> * static_cast<int>(sizeof(T));
-  const char* line = reinterpret_cast<const char*>(p + kRows * (channels + c));
-  for (int byte = 0; byte < kRows * kUnitBytes; byte += 64) __builtin_prefetch(line + byte, 0, kLocality);
+  const T* next = p + kRows * (channels + c);
+  for (int r = 0; r < kRows; ++r) fetch_unit<kLocality>(next + r * kUnit<Accumulate<T>>);
 }
-
-// Fetches the unit at p. Locality as __builtin_prefetch has it: 3 is L1, 2 is L2. Sums fetch the next run to L2: from memory up to
-// 20 % less time for a forward and more for a backward; where all is in L2 anyway, up to 3 % more.
-template <int kLocality = 2, class T>
-NORMEXT_INLINE void fetch_unit(const T* p) {
-  for (int byte = 0; byte < kUnit<Accumulate<T>> * static_cast<int>(sizeof(T)); byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 0, kLocality);
+// Fetches what a pass from memory over all values needs later, read or written, at channel c of kRows rows at p. In 16 bits the
+// next rows, as one sequence. Wider ones a page ahead, at most 8 rows, and to L2: L1 of Zen 4 has 8 ways, and the next rows of
+// three tensors would push these out [gradients of batch norm, to L1 and like this: 8x512x28x28 1330 -> 1040 us, 32x256x14x14 729
+// -> 638; with given statistics 1142 -> 683, 508 -> 461].
+template <class T, int kRows>
+NORMEXT_INLINE void fetch_rows_ahead(const T* p, std::int64_t channels, std::int64_t c) {
+  if constexpr (sizeof(T) == 2) {
+    fetch_next_rows<T, kRows, 3>(p, channels, c);
+  } else {
+    const std::int64_t page = smaller(8 * channels, cpu::kPageBytes / static_cast<std::int64_t>(sizeof(T)));
+    const std::int64_t distance = page < kRows * channels ? kRows * channels : page;
+    for (int r = 0; r < kRows; ++r) fetch_unit<2>(p + distance + r * channels + c);
   }
 }
 
@@ -106,7 +108,9 @@ __attribute__((noinline)) void run_moments(const T* x, std::int64_t rows, std::i
       Pair<A> d = {}, square = {};
 #pragma GCC unroll 8
       for (int r = 0; r < count; ++r) {
-        fetch_unit(p + (rows + r) * channels);  // of the next run: this pass runs in cache, and memory would be idle
+        // Of the next run: this pass runs in cache, and memory would be idle [from memory up to 20 % less time for a forward and
+        // more for a backward; where all is in L2 anyway, up to 3 % more].
+        fetch_unit<2>(p + (rows + r) * channels);
         const Pair<A> v = load<T>(p + r * channels, extent);
         const Pair<A> e = {v.a - m.a, v.b - m.b};
         d = d + e;
@@ -284,21 +288,17 @@ struct LastForward {
           const T* residual = at(static_cast<const T*>(args.residual), begin * channels);
           T* y = static_cast<T*>(args.output) + begin * channels;
           for_units<A>(0, channels, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
-            if constexpr (kMost == 1) {
-              fetch_unit<3>(x + c + kPage / sizeof(T));
-              fetch_unit<2>(y + c + kPage / sizeof(T));
-            }
             if constexpr (decltype(fetch)::value) {
-              fetch_next_rows<T, kRows>(x, channels, c);
-              fetch_next_rows<T, kRows>(y, channels, c);
-              if (kFused && residual != nullptr) fetch_next_rows<T, kRows>(residual, channels, c);
+              fetch_rows_ahead<T, kRows>(x, channels, c);
+              fetch_rows_ahead<T, kRows>(y, channels, c);
+              if (kFused && residual != nullptr) fetch_rows_ahead<T, kRows>(residual, channels, c);
             }
             apply_unit<kRows>(x + c, at(residual, c), y + c, channels, rows, c, extent);
           });
         }
       };
       take(std::integral_constant<int, kMost>(), std::bool_constant<kFetch>());
-      if constexpr (kMost > 1) take(std::integral_constant<int, 1>(), std::false_type());
+      take(std::integral_constant<int, 1>(), std::false_type());
     }
   }
 
@@ -374,12 +374,11 @@ struct LastForward {
     }
     const std::int64_t rows = shape.batch * shape.spatial;
     const std::int64_t task = rows_of_task<T>(channels);
-    const bool far = rows * channels * static_cast<std::int64_t>(sizeof(T)) > kFarBytes, single = takes_single_rows<T>(channels);
+    const bool far = rows * channels * static_cast<std::int64_t>(sizeof(T)) > cpu::kFarBytes;
     const auto output = [&](std::int64_t begin, std::int64_t end) {
       const std::int64_t first = begin * task, last = smaller(end * task, rows);
-      if (!far) apply<kSharedRows, false>(first, last);
-      else if (single) apply<1, false>(first, last);
-      else apply<kSharedRows, sizeof(T) == 2>(first, last);
+      if (far && scalars_fit_l1<T>(channels)) apply<kFarRows<T>, true>(first, last);
+      else apply<kSharedRows, false>(first, last);
     };
     if (args.given_stats) for_ranges(plan.parallel, (rows + task - 1) / task, output);
     else for_ranges_again(plan.parallel, (rows + task - 1) / task, output);

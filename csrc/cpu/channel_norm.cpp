@@ -12,17 +12,12 @@
 #include "cpu/channel_kernels.h"
 #include "cpu/isa.h"
 #include "cpu/row_kernels.h"
+#include "cpu/tuning.h"
 
 namespace normext::cpu {
 namespace {
 
 constexpr std::int64_t kAlignment = 64;  // of the workspace: a cache line
-constexpr std::int64_t kResidentBytes =
-    1 << 20;  // of input (and gradient) that are still in L2 when they are read again: half of it
-// Slabs up to here have their output fetched while their statistics are taken, unless an activation takes longer than memory [Zen
-// 4, float32: BatchNorm 32x256x14x14 381 -> 279 us, InstanceNorm of the same 349 -> 250, of 8x64x56x56 227 -> 204; GroupNorm of
-// 1x512x128x128, slabs of 1 MB, 1.65 -> 1.85 ms].
-constexpr std::int64_t kFetchOutputBytes = 256 * 1024;
 // Rows of a run in channels-last: as many as fit L2 comfortably, since a run is read twice, but enough that merging costs little
 // and no more than the 16 terms of an accumulator that takes 8 rows at a time. An image of 256 rows and
 // more has 8 runs or more, so that it can be shared. [1280 channels of 8x8: runs of 16 rows took up to a fifth longer]

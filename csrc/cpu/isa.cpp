@@ -18,6 +18,7 @@
 #include "core/dtypes.h"
 #include "core/error.h"
 #include "cpu/row_kernels.h"
+#include "cpu/tuning.h"
 
 namespace normext {
 
@@ -40,6 +41,19 @@ extern const cpu::IsaKernels kKernels;
 namespace cpu {
 namespace {
 
+#if defined(__x86_64__)
+// The same kernels, which ask for the conversion each time.
+const IsaKernels& avx512_bf16_kernels() {
+  static const IsaKernels found = [] {
+    IsaKernels kernels = avx512::kKernels;
+    kernels.name = "avx512_bf16";
+    kernels.converts_bfloat16 = true;
+    return kernels;
+  }();
+  return found;
+}
+#endif
+
 std::vector<const IsaKernels*> available_kernels() {
   std::vector<const IsaKernels*> list = {&scalar::kKernels};
 #if defined(__x86_64__)
@@ -49,6 +63,7 @@ std::vector<const IsaKernels*> available_kernels() {
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     list.push_back(&avx512::kKernels);
+    if (__builtin_cpu_supports("avx512bf16")) list.push_back(&avx512_bf16_kernels());
   }
 #elif defined(__aarch64__)
   list.push_back(&neon::kKernels);
@@ -68,24 +83,6 @@ const IsaKernels& choose_kernels() {
   fail("NORMEXT_CPU_ISA: expected one of " + names + ", got " + wanted);
 }
 
-// Waking the pool costs a microsecond or two, in which one core handles this much, counted as if 16-bit elements had 32 bits: they
-// take as long. Measured even at about 18000 elements of a norm and 9000 of a fused one.
-constexpr std::int64_t kSerialBytes = 160 * 1024;
-// Zen 4 is slow far from L2 when several rows are read or written in turns [us, of batches, far batches and the pipeline: LayerNorm
-// 2048x1024 float32 417, 450, 316; RMSNorm 285, 304, 205; LayerNorm 16384x1024 bfloat16 2963, 2954, 2711]. In 16 bits arithmetic
-// counts as much, and batches save more of it [LayerNorm bfloat16 2048x1024 242, 260, 263], above all in short rows [bfloat16
-// 32768x128 635, 814, 965; float32, batches and pipeline: 32768x128 1265, 843; 50000x48 677, 1124]. A residual is a second input.
-// Sapphire Rapids was measured with batches alone, its limit with plain norms.
-constexpr std::int64_t kFarHalfBytes = 6 << 20;
-constexpr std::int64_t kFarCols = 128, kFarHalfCols = 512;
-// An output that fills the caches is written past them where its pages are mapped [Zen 4, 16384x1024 in mapped pages: LayerNorm
-// float32 4.97 -> 3.43 ms, RMSNorm and the sum of its output 6.04 -> 5.66, and its product with 64 columns 21.8 -> 20.2; bfloat16
-// 2.59 -> 2.36, 3.05 -> 2.48, 8.21 -> 7.07. Fresh pages are in the caches once the system has cleared them: no gain there, on a
-// Xeon a loss; on that mapped pages were not measured together with what follows].
-constexpr std::int64_t kStreamBytes = 32 << 20;
-// Inputs from here on have their gradients fetched ahead on Zen [forward and backward, us: LayerNorm float32 1576x768 1001 -> 802,
-// bfloat16 745 -> 691; 4096x4096 13804 -> 11963, 7390 -> 6296]. In L2 it brings nothing and costs up to 1 %.
-constexpr std::int64_t kFetchGradientBytes = 2 << 20;
 // Bytes of x and dy that all threads together work on between two barriers; they stay in L2.
 constexpr std::int64_t kChunkBytes = 2 << 20;
 constexpr std::size_t kAlignment = 64;  // of the workspace: a cache line
@@ -171,8 +168,14 @@ bool huge_pages_wanted() {
 
 }  // namespace
 
+bool converts_bfloat16 = false;
+
 const IsaKernels& kernels() {
-  static const IsaKernels& chosen = choose_kernels();
+  static const IsaKernels& chosen = []() -> const IsaKernels& {
+    const IsaKernels& found = choose_kernels();
+    converts_bfloat16 = found.converts_bfloat16;
+    return found;
+  }();
   return chosen;
 }
 

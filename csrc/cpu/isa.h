@@ -43,7 +43,7 @@ void transpose(const void* from, void* to, std::int64_t batch, std::int64_t rows
 bool turns_into_planes(const ChannelShape& shape);
 
 const char* isa_name();                     // the one in use: NORMEXT_CPU_ISA, or the best the machine has
-std::vector<std::string> available_isas();  // slowest first: {"scalar", "avx2", "avx512"}
+std::vector<std::string> available_isas();  // slowest first: {"scalar", "avx2", "avx512", "avx512_bf16"}
 
 // For memory that was just allocated and not yet written: asks for huge pages where whole ones fit, from 4 MB on.
 // First-touch page faults, not bandwidth, bound fresh outputs. NORMEXT_HUGE_PAGES=0 turns it off.

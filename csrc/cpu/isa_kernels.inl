@@ -14,6 +14,7 @@ extern const cpu::IsaKernels kKernels;
 const cpu::IsaKernels kKernels = {
     NORMEXT_ISA_NAME,
     NORMEXT_HAS_FMA != 0,
+    false,
     {{forward<LayerNorm>, backward<LayerNorm>}, {forward<RmsNorm>, backward<RmsNorm>}},
     {channel_forward, channel_backward, fixed_stats, update_running},
     transpose,

@@ -8,32 +8,32 @@ namespace normext {
 inline namespace NORMEXT_ISA {
 namespace {
 
+// Fetches one of kShares shares of the unit of columns at p. Locality as __builtin_prefetch has it: 3 is L1, 2 is L2. What will be
+// written is asked for as if to read: on Zen 4 as good as asking for it to write.
+template <int kLocality, int kShares = 1, class T>
+NORMEXT_INLINE void fetch_unit(const T* p) {
+  constexpr int kUnitBytes = kUnit<Accumulate<T>> * static_cast<int>(sizeof(T));
+  for (int byte = 0; byte * kShares < kUnitBytes; byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 0, kLocality);
+  }
+}
+
 // To be fetched during a pass, unit by unit: one of kShares shares of a row. 0: nothing.
 template <class T, int kShares>
 struct Ahead {
-  static constexpr int kUnitBytes = kUnit<Accumulate<T>> * static_cast<int>(sizeof(T));
   const T* begin;
 
   NORMEXT_INLINE void fetch(std::int64_t column) const {
-    if constexpr (kShares > 0) {
-      for (int byte = 0; byte * kShares < kUnitBytes; byte += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(begin + column / kShares) + byte);
-      }
-    }
+    if constexpr (kShares > 0) fetch_unit<3, kShares>(begin + column / kShares);
   }
 };
-// The same for a whole row, or nothing if null, and to L2. Of a row that will be written the lines are asked for as if to read: on
-// Zen 4 as good as asking for them to write.
-template <class O>
+// The same for a whole row, or nothing if null, and to L2.
+template <class T>
 struct L2Ahead {
-  static constexpr int kUnitBytes = kUnit<Accumulate<O>> * static_cast<int>(sizeof(O));
-  const O* begin;
+  const T* begin;
 
   NORMEXT_INLINE void fetch(std::int64_t column) const {
-    if (begin == nullptr) return;
-    for (int byte = 0; byte < kUnitBytes; byte += 64) {
-      __builtin_prefetch(reinterpret_cast<const char*>(begin + column) + byte, 0, 2);
-    }
+    if (begin != nullptr) fetch_unit<2>(begin + column);
   }
 };
 

@@ -9,13 +9,12 @@
 
 namespace normext::cpu {
 
-constexpr std::int64_t kSegment = 4096;      // columns; moments and sums of a row are taken per segment
-constexpr std::int64_t kMaxSegments = 64;    // of a row that one thread handles alone
-constexpr std::int64_t kColumnTask = 256;    // of parameter gradients that one thread takes at least; whole units
-constexpr std::int64_t kTermsPerSum = 16;    // that any accumulator takes in sequence
-constexpr std::int64_t kFarBytes = 3 << 20;  // an input of more comes from memory, or from a cache that is as far
-constexpr std::int64_t kMaxRuns = 128;       // of rows, for parameter gradients
-constexpr std::int64_t kMaxUnit = 64;        // columns to which the widest instruction set pads a row of sums
+constexpr std::int64_t kSegment = 4096;    // columns; moments and sums of a row are taken per segment
+constexpr std::int64_t kMaxSegments = 64;  // of a row that one thread handles alone
+constexpr std::int64_t kColumnTask = 256;  // of parameter gradients that one thread takes at least; whole units
+constexpr std::int64_t kTermsPerSum = 16;  // that any accumulator takes in sequence
+constexpr std::int64_t kMaxRuns = 128;     // of rows, for parameter gradients
+constexpr std::int64_t kMaxUnit = 64;      // columns to which the widest instruction set pads a row of sums
 
 // How a thread goes through its rows; the result is the same.
 enum class RowSchedule {
@@ -59,6 +58,7 @@ struct RowKernels {
 struct IsaKernels {
   const char* name;
   bool fused_multiply_add;
+  bool converts_bfloat16;
   RowKernels row[2];  // indexed by RowNorm
   ChannelKernels channel;
   // [batch, rows, cols] to [batch, cols, rows]; elements of 2, 4 or 8 bytes.
@@ -66,8 +66,9 @@ struct IsaKernels {
                     const Parallel& parallel);
 };
 
-const IsaKernels& kernels();  // the ones in use
-bool is_amd();                // the processor, as it says itself
+const IsaKernels& kernels();    // the ones in use
+extern bool converts_bfloat16;  // they may use avx512_bf16; set when they are chosen
+bool is_amd();                  // the processor, as it says itself
 // The caller's threads, or none where waking them costs more than they save: `bytes` are those of all passes over the values.
 Parallel threads_for(const Parallel& parallel, std::int64_t bytes);
 

@@ -14,7 +14,6 @@ namespace normext {
 inline namespace NORMEXT_ISA {
 namespace {
 
-using cpu::kFarBytes;
 using cpu::kMaxSegments;
 using cpu::kSegment;
 

