@@ -131,6 +131,14 @@ MUTANTS = (
         ("tests/test_instance_last.py",),
     ),
     Mutant(
+        "last block of columns left out",
+        "csrc/cpu/channel_last.inl",
+        "return (shape.channels + plan.columns - 1) / plan.columns;",
+        "return shape.channels / plan.columns;",
+        "avx2",
+        ("tests/test_channel_invariance.py",),
+    ),
+    Mutant(
         "last rows of an image in memory not written",
         "csrc/cpu/channel_last.inl",
         "take(std::integral_constant<int, 1>(), std::false_type());",

@@ -70,7 +70,7 @@ def test_large_images_do_not_depend_on_the_batch(case, backend):
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_images_from_memory_are_those_from_cache(dtype, backend):
-    """The CPU takes channels-last rows otherwise where the input exceeds 3 MB: one at a time, or fetching the next ones."""
+    """The CPU takes channels-last rows otherwise where the input exceeds 3 MB: two at a time, or fetching the next ones."""
     if backend.runs_cuda_code:
         pytest.skip("about the CPU's kernels")
     spatial = (99, 103) if dtype in cases.SIXTEEN_BIT else (69, 73)  # an image is too large to be handled in one go, too
@@ -87,6 +87,20 @@ def test_images_from_memory_are_those_from_cache(dtype, backend):
         for image in range(3):
             index = slice(image, image + 1)
             cases.assert_same(results(case, t.images(index)), [r[index] for r in expected], op, more, image)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_images_in_blocks_of_columns_are_those_in_rows(dtype, backend):
+    """On AMD the CPU takes channels-last images of more than 1 MB, up to 6 MB of them, in blocks of columns; the last is narrow."""
+    if backend.runs_cuda_code:
+        pytest.skip("about the CPU's kernels")
+    spatial = {2: (44, 47), 4: (31, 33), 8: (22, 23)}[dtype.itemsize]
+    case = cases.ChannelCase("group_norm", 5, 330, spatial, 33, dtype=dtype, layout="channels_last")
+    t = cases.make(case, backend)
+    assert t.x[:4].nbytes < 6 << 20 < t.x.nbytes and t.x[0].nbytes > 1 << 20
+    expected = results(case, t)
+    for index in (slice(0, 4), slice(2, 5)):
+        cases.assert_same(results(case, t.images(index)), [r[index] for r in expected], index)
 
 
 def test_sums_over_the_batch_are_the_only_ones(backend):

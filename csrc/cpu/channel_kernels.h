@@ -18,9 +18,10 @@ struct ChannelPlan {
   std::int64_t piece = 0;   // planes: values of a line that make a segment; channels-last: rows of an image that make a run
   std::int64_t pieces = 1;  // of a line, or of an image
   std::int64_t padded = 0;  // stride of arrays over columns
-  // A unit of work (a column of lines, an image) fits L2: everything is done for it before the next is begun. Otherwise threads
-  // share each pass over the whole input.
+  // A unit of work (a column of lines, a block of columns of an image) fits L2: everything is done for it before the next is begun.
+  // Otherwise threads share each pass over the whole input.
   bool resident = false;
+  std::int64_t columns = 0;   // channels-last: of a block; whole groups, and a whole number of kColumnStep but for the last block
   bool fetch_output = false;  // into L2, during the statistics; planes only
   // Workspace, in the accumulate type. What each layout keeps there is said where it is used.
   void* partial = nullptr;

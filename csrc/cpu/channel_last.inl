@@ -54,13 +54,30 @@ NORMEXT_INLINE void fetch_rows_ahead(const T* p, std::int64_t channels, std::int
   }
 }
 
-// An array of per-channel values, a whole number of units, from natural order to that of T.
+// Some channels: from a whole number of units on, whole groups.
+struct Columns {
+  std::int64_t begin, end;
+};
+
+// Per-channel values from natural order to that of T. The last unit is made whole with zeros.
 template <class T>
-NORMEXT_INLINE void reorder(Accumulate<T>* array, std::int64_t channels) {
+NORMEXT_INLINE void reorder(Accumulate<T>* array, Columns columns) {
   using A = Accumulate<T>;
+  for (std::int64_t c = columns.end; c % kUnit<A> != 0; ++c) array[c] = 0;
   if constexpr (Packed<T>::kEvenOdd) {
-    for (std::int64_t c = 0; c < channels; c += kUnit<A>) Packed<A>::pack(load<T>(array + c, Whole{})).write(array + c);
+    for (std::int64_t c = columns.begin; c < columns.end; c += kUnit<A>) {
+      Packed<A>::pack(load<T>(array + c, Whole{})).write(array + c);
+    }
   }
+}
+
+// Units of work of a resident call: blocks of columns of an image, image by image.
+NORMEXT_INLINE std::int64_t column_blocks(const ChannelShape& shape, const cpu::ChannelPlan& plan) {
+  return (shape.channels + plan.columns - 1) / plan.columns;
+}
+NORMEXT_INLINE Columns column_block(const ChannelShape& shape, const cpu::ChannelPlan& plan, std::int64_t unit) {
+  const std::int64_t first = unit % column_blocks(shape, plan) * plan.columns;
+  return {first, smaller(first + plan.columns, shape.channels)};
 }
 
 // Rows that one thread takes at least in a pass over all values.
@@ -78,17 +95,17 @@ NORMEXT_INLINE void for_row_groups(std::int64_t rows, Group group) {
   if (row < rows) group(row, static_cast<int>(rows - row));
 }
 
-// Moments per channel of `rows` rows; the three arrays are accumulators until the end.
+// Moments of some channels of `rows` rows; the three arrays are accumulators until the end.
 template <class T>
-__attribute__((noinline)) void run_moments(const T* x, std::int64_t rows, std::int64_t channels, Accumulate<T>* mean,
-                                           Accumulate<T>* correction, Accumulate<T>* m2) {
+__attribute__((noinline)) void run_moments(const T* x, std::int64_t rows, std::int64_t channels, Columns columns,
+                                           Accumulate<T>* mean, Accumulate<T>* correction, Accumulate<T>* m2) {
   using A = Accumulate<T>;
   using V = Vector<A>;
   const auto accumulate = [](A* sums, Pair<A> x, bool add) __attribute__((always_inline)) {
     Packed<A>::pack(add ? Packed<A>::read(sums).unpack() + x : x).write(sums);
   };
   for_row_groups(rows, [&](std::int64_t row, int count) __attribute__((always_inline)) {
-    for_units<A>(0, channels, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
+    for_units<A>(columns.begin, columns.end, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
       const T* p = x + row * channels + c;
       Pair<A> sum = load<T>(p, extent);
 #pragma GCC unroll 8
@@ -97,12 +114,12 @@ __attribute__((noinline)) void run_moments(const T* x, std::int64_t rows, std::i
     });
   });
   const V n = V{} + static_cast<A>(rows);
-  for (std::int64_t c = 0; c < channels; c += kUnit<A>) {
+  for (std::int64_t c = columns.begin; c < columns.end; c += kUnit<A>) {
     const Pair<A> sum = Packed<A>::read(mean + c).unpack();
     Packed<A>::pack({sum.a / n, sum.b / n}).write(mean + c);
   }
   for_row_groups(rows, [&](std::int64_t row, int count) __attribute__((always_inline)) {
-    for_units<A>(0, channels, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
+    for_units<A>(columns.begin, columns.end, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
       const T* p = x + row * channels + c;
       const Pair<A> m = Packed<A>::read(mean + c).unpack();
       Pair<A> d = {}, square = {};
@@ -120,7 +137,7 @@ __attribute__((noinline)) void run_moments(const T* x, std::int64_t rows, std::i
       accumulate(m2 + c, square, row > 0);
     });
   });
-  for (std::int64_t c = 0; c < channels; c += kUnit<A>) {
+  for (std::int64_t c = columns.begin; c < columns.end; c += kUnit<A>) {
     const Pair<A> m = Packed<A>::read(mean + c).unpack(), d = Packed<A>::read(correction + c).unpack(),
                   q = Packed<A>::read(m2 + c).unpack();
     const Moments<V> a = moments(m.a, d.a, q.a, n), b = moments(m.b, d.b, q.b, n);
@@ -157,26 +174,25 @@ NORMEXT_INLINE void prepare_params(const Args& args, Accumulate<T>* params, std:
     });
   });
 }
-// Statistics of all channels of an image, as plan.rows holds them.
+// Statistics of some channels of an image, as plan.rows holds them.
 template <class T, class Args>
-NORMEXT_INLINE void prepare_rows(const Args& args, std::int64_t image, Accumulate<T>* rows, std::int64_t padded) {
+NORMEXT_INLINE void prepare_rows(const Args& args, std::int64_t image, Accumulate<T>* rows, std::int64_t padded, Columns columns) {
   using A = Accumulate<T>;
   const std::int64_t group = args.shape.group_channels(), slabs = args.shape.slabs(), first = image * args.shape.groups;
   for (int k = 0; k < 3; ++k) {
     const A* stats = static_cast<const A*>(args.stats) + k * slabs + first;
     A* row = rows + k * padded;
     if (group == 1) {
-      for_units<A>(0, args.shape.channels, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
+      for_units<A>(columns.begin, columns.end, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
         Packed<A>::pack(load<T>(stats + c, extent)).write(row + c);
       });
       continue;
     }
-    for (std::int64_t g = 0; g < args.shape.groups; ++g) {
+    for (std::int64_t g = columns.begin / group; g < columns.end / group; ++g) {
       const A value = stats[g];
       for (std::int64_t c = g * group; c < (g + 1) * group; ++c) row[c] = value;
     }
-    for (std::int64_t c = args.shape.channels; c < padded; ++c) row[c] = 0;
-    reorder<T>(row, padded);
+    reorder<T>(row, columns);
   }
 }
 
@@ -189,6 +205,7 @@ struct LastForward {
   const cpu::ChannelPlan& plan;
   const ChannelShape& shape = args.shape;
   const std::int64_t channels = shape.channels;
+  const Columns all = {0, channels};
 
   NORMEXT_INLINE A* rows_of(std::int64_t image) const { return static_cast<A*>(plan.rows) + image * 3 * plan.padded; }
 
@@ -202,14 +219,14 @@ struct LastForward {
             shape.spatial - (plan.pieces - 1) * plan.piece};
   }
 
-  // Runs [begin, end) of all images.
-  void statistics(std::int64_t begin, std::int64_t end) const {
+  // Runs [begin, end) of all images, some channels.
+  void statistics(std::int64_t begin, std::int64_t end, Columns columns) const {
     const std::int64_t table = shape.batch * plan.pieces * plan.padded;
     for (; begin < end; ++begin) {
       const std::int64_t image = begin / plan.pieces, from = begin % plan.pieces * plan.piece;
       A* out = static_cast<A*>(plan.partial) + begin * plan.padded;
       run_moments(static_cast<const T*>(args.input) + (image * shape.spatial + from) * channels,
-                  smaller(plan.piece, shape.spatial - from), channels, out, out + table, out + 2 * table);
+                  smaller(plan.piece, shape.spatial - from), channels, columns, out, out + table, out + 2 * table);
     }
   }
 
@@ -245,6 +262,7 @@ struct LastForward {
       sink.write(image * shape.groups + g, pivot[g * group], sums[g * group], sum_of(squares + g * group));
     }
   }
+  // Groups [begin, end).
   void merge(std::int64_t image, std::int64_t begin, std::int64_t end) const {
     if (shape.group_channels() > 1) merge_groups(image, begin, end);
     else merge_columns(segments(image), SlabSink<A>(args), image * shape.groups, begin, end);
@@ -275,9 +293,9 @@ struct LastForward {
     for (int r = 0; r < kRows; ++r) store<T>(y + r * y_stride, z[r], extent);
   }
 
-  // Rows [begin, end) of all images.
+  // Rows [begin, end) of all images, some channels.
   template <int kMost, bool kFetch>
-  __attribute__((noinline)) void apply(std::int64_t begin, std::int64_t end) const {
+  __attribute__((noinline)) void apply(std::int64_t begin, std::int64_t end, Columns columns) const {
     while (begin < end) {
       const A* rows = rows_of(begin / shape.spatial);
       const std::int64_t stop = smaller(end, (begin / shape.spatial + 1) * shape.spatial);
@@ -287,7 +305,7 @@ struct LastForward {
           const T* x = static_cast<const T*>(args.input) + begin * channels;
           const T* residual = at(static_cast<const T*>(args.residual), begin * channels);
           T* y = static_cast<T*>(args.output) + begin * channels;
-          for_units<A>(0, channels, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
+          for_units<A>(columns.begin, columns.end, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
             if constexpr (decltype(fetch)::value) {
               fetch_rows_ahead<T, kRows>(x, channels, c);
               fetch_rows_ahead<T, kRows>(y, channels, c);
@@ -339,14 +357,17 @@ struct LastForward {
     apply_turned(begin * blocks, end * blocks);
   }
 
-  void resident_images(std::int64_t begin, std::int64_t end) const {
-    for (std::int64_t image = begin; image < end; ++image) {
-      statistics(image * plan.pieces, (image + 1) * plan.pieces);
-      merge(image, 0, shape.groups);
+  void resident_units(std::int64_t begin, std::int64_t end) const {
+    for (; begin < end; ++begin) {
+      const std::int64_t image = begin / column_blocks(shape, plan);
+      const Columns columns = column_block(shape, plan, begin);
+      const std::int64_t group = shape.group_channels();
+      statistics(image * plan.pieces, (image + 1) * plan.pieces, columns);
+      merge(image, columns.begin / group, columns.end / group);
       if (args.output == nullptr) continue;
-      prepare_rows<T>(args, image, rows_of(image), plan.padded);
+      prepare_rows<T>(args, image, rows_of(image), plan.padded, columns);
       if (args.planes_output) turned_images(image, image + 1);
-      else apply<kSharedRows, false>(image * shape.spatial, (image + 1) * shape.spatial);
+      else apply<kSharedRows, false>(image * shape.spatial, (image + 1) * shape.spatial, columns);
     }
   }
 
@@ -354,9 +375,11 @@ struct LastForward {
     if (args.output != nullptr) prepare_params<T>(args, static_cast<A*>(plan.params), plan.padded);
     if (!args.given_stats) {
       if (plan.resident) {
-        return for_ranges(plan.parallel, shape.batch, [&](std::int64_t begin, std::int64_t end) { resident_images(begin, end); });
+        return for_ranges(plan.parallel, shape.batch * column_blocks(shape, plan),
+                          [&](std::int64_t begin, std::int64_t end) { resident_units(begin, end); });
       }
-      for_ranges(plan.parallel, shape.batch * plan.pieces, [&](std::int64_t begin, std::int64_t end) { statistics(begin, end); });
+      for_ranges(plan.parallel, shape.batch * plan.pieces,
+                 [&](std::int64_t begin, std::int64_t end) { statistics(begin, end, all); });
       const std::int64_t group = shape.group_channels();
       for (std::int64_t image = 0; image < shape.batch; ++image) {
         // Columns of a task are multiples of kColumnsOfTask: groups begin in the task where they have their first channel.
@@ -367,7 +390,7 @@ struct LastForward {
       }
     }
     if (args.output == nullptr) return;
-    for (std::int64_t image = 0; image < shape.batch; ++image) prepare_rows<T>(args, image, rows_of(image), plan.padded);
+    for (std::int64_t image = 0; image < shape.batch; ++image) prepare_rows<T>(args, image, rows_of(image), plan.padded, all);
     if (args.planes_output) {
       return for_ranges(plan.parallel, shape.batch * turned_row_blocks() * turned_column_blocks(),
                         [&](std::int64_t begin, std::int64_t end) { apply_turned(begin, end); });
@@ -377,8 +400,8 @@ struct LastForward {
     const bool far = rows * channels * static_cast<std::int64_t>(sizeof(T)) > cpu::kFarBytes;
     const auto output = [&](std::int64_t begin, std::int64_t end) {
       const std::int64_t first = begin * task, last = smaller(end * task, rows);
-      if (far && scalars_fit_l1<T>(channels)) apply<kFarRows<T>, true>(first, last);
-      else apply<kSharedRows, false>(first, last);
+      if (far && scalars_fit_l1<T>(channels)) apply<kFarRows<T>, true>(first, last, all);
+      else apply<kSharedRows, false>(first, last, all);
     };
     if (args.given_stats) for_ranges(plan.parallel, (rows + task - 1) / task, output);
     else for_ranges_again(plan.parallel, (rows + task - 1) / task, output);

@@ -151,8 +151,7 @@ struct LastBackward {
         const A of_group = group_mean<T>(args, first, group, sums + first, n);
         for (std::int64_t c = 0; c < group; ++c) mean[first + c] = of_group;
       }
-      for (std::int64_t c = channels; c < padded; ++c) mean[c] = 0;
-      reorder<T>(mean, padded);
+      reorder<T>(mean, {0, channels});
     }
   }
 
@@ -211,7 +210,7 @@ struct LastBackward {
 
   void resident_images(std::int64_t begin, std::int64_t end) const {
     for (std::int64_t image = begin; image < end; ++image) {
-      prepare_rows<T>(args, image, rows_of(image), padded);
+      prepare_rows<T>(args, image, rows_of(image), padded, {0, channels});
       if (wants_sums(args)) {
         sums_of(image * plan.pieces, (image + 1) * plan.pieces);
         merge_runs(image, 0, channels);
@@ -222,7 +221,7 @@ struct LastBackward {
   }
 
   void in_phases() const {
-    for (std::int64_t image = 0; image < shape.batch; ++image) prepare_rows<T>(args, image, rows_of(image), padded);
+    for (std::int64_t image = 0; image < shape.batch; ++image) prepare_rows<T>(args, image, rows_of(image), padded, {0, channels});
     if (wants_sums(args)) {
       for_ranges(plan.parallel, shape.batch * plan.pieces, [&](std::int64_t begin, std::int64_t end) { sums_of(begin, end); });
       for (std::int64_t image = 0; image < shape.batch; ++image) {
