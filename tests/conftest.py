@@ -23,12 +23,14 @@ def pytest_configure(config):
     config.stash[BACKEND] = workers.install(config)
 
 
-# avx512_bf16 is avx512 with another conversion: where both are there, avx512 runs the tests of values that show it.
+# avx512_bf16 is avx512 with another conversion: where both are there, avx512 runs the tests of values that show it, unless it was
+# asked for by --backend.
 CONVERSION_TESTS = ("test_exact.py", "test_layouts.py", "test_channel_exact.py", "test_channel_layouts.py", "test_invariance.py")
 
 
 def runs_on(item, backend):
-    if backend.name == "cpu[avx512]" and default_cpu() != backend.name and item.path.name not in CONVERSION_TESTS:
+    alike = backend.name == "cpu[avx512]" and default_cpu() != backend.name and item.config.option.backend is None
+    if alike and item.path.name not in CONVERSION_TESTS:
         return False
     if item.get_closest_marker("once"):
         return backend.name == "host"

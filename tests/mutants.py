@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import backends
 import planted
 import planted_channel
 
@@ -57,9 +58,9 @@ def configure():
     subprocess.run(["cmake", "-G", "Ninja", "-S", COPY, "-B", BUILD, *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
-def compile_for(backends):
+def compile_for(names):
     """Builds the libraries the back ends load. Returns what the compiler said if it refused."""
-    targets = ["_C_emulated"] if "emulated" in backends else ["_C"]
+    targets = ["_C_emulated"] if "emulated" in names else ["_C"]
     run = subprocess.run(["cmake", "--build", BUILD, "--target", *targets], capture_output=True, text=True)
     if run.returncode:
         return run.stdout[-3000:]
@@ -73,10 +74,10 @@ def install(libraries):
         (COPY / "normext" / name).write_bytes(content)
 
 
-def failing_test(backends, tests):
+def failing_test(names, tests):
     """The first test that fails, or None."""
     environment = {**os.environ, "PYTHONPATH": str(COPY)}
-    command = [*PYTEST, "--backend", backends, *tests]
+    command = [*PYTEST, "--backend", names, *tests]
     run = subprocess.run(command, cwd=COPY, env=environment, capture_output=True, text=True)
     failed = re.search(r"^FAILED (.*?)(?: - .*)?$", run.stdout, re.MULTILINE)
     if run.returncode not in (0, 1) or (run.returncode == 1 and not failed):
@@ -94,11 +95,15 @@ def plant(mutant):
 
 
 def main(words):
+    names = [backend.name for backend in backends.available()]
     chosen = [m for m in MUTANTS if not words or any(word in m.name for word in words)]
+    for mutant in [m for m in chosen if not any(m.backends in name for name in names)]:
+        print(f"this machine has no {mutant.backends}: {mutant.name}", flush=True)
+        chosen.remove(mutant)
     sync()
     configure()
-    for backends in ("avx2", "emulated"):
-        refused = compile_for(backends)
+    for kind in ("avx2", "emulated"):
+        refused = compile_for(kind)
         assert refused is None, refused
     pristine = {library.name: library.read_bytes() for library in BUILD.glob("_C*.so")}
     outcomes = []

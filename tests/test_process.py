@@ -81,6 +81,7 @@ def test_fork_before_use(backend):
     child(backend, "-c", FORK_BEFORE_USE, timeout=60)
 
 
+@pytest.mark.python
 def test_import_touches_no_cuda(backend):
     """Importing must not initialise CUDA: it would poison every later fork."""
     child(backend, "-c", "import torch, normext; assert not torch.cuda.is_initialized()")
@@ -96,6 +97,7 @@ def test_two_libraries_in_one_process_are_refused_in_a_sentence(backend):
     assert run.stderr.splitlines()[-1].startswith("ImportError: ") and "one process" in run.stderr.splitlines()[-1]
 
 
+@pytest.mark.python
 def test_unknown_isa_is_refused_with_the_list(backend):
     run = subprocess.run(
         [sys.executable, "-c", "import torch, normext; normext.layer_norm(torch.randn(2, 8), (8,))"],

@@ -206,11 +206,11 @@ class Controller:
         terminalreporter.section("back ends")
         for name, count in self.counts.items():
             parts = ", ".join(f"{count[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped") if count[outcome])
-            write(f"{name:<14} {self.seconds.get(name, 0.0):6.0f} s   {parts}")
+            write(f"{name:<18} {self.seconds.get(name, 0.0):6.0f} s   {parts}")
         if self.figures:
             columns = sorted({column for row in self.figures.values() for column in row})
             terminalreporter.section("largest error, in units of the accuracy contract (limit 4)")
-            write(" " * 34 + "".join(f"{column:>15}" for column in columns))
+            write(" " * 34 + "".join(f"{column:>18}" for column in columns))
             for name, row in sorted(self.figures.items()):
                 cells = "".join(f"{row[column]:15.3g}" if column in row else " " * 15 for column in columns)
                 write(f"{name:<34}{cells}")

@@ -8,6 +8,8 @@
 
 namespace normext::cpu {
 
+constexpr std::int64_t kColumnStep = 32;  // channels: a whole number of units of every instruction set
+
 // How a call is divided. All that shapes a sum (piece, pieces) follows from the shape and dtype alone; `resident` and the number of
 // threads decide only who does the work, and when.
 //
@@ -21,7 +23,8 @@ struct ChannelPlan {
   // A unit of work (a column of lines, a block of columns of an image) fits L2: everything is done for it before the next is begun.
   // Otherwise threads share each pass over the whole input.
   bool resident = false;
-  std::int64_t columns = 0;   // channels-last: of a block; whole groups, and a whole number of kColumnStep but for the last block
+  // Channels-last: of a block; whole groups, and but for the last block a multiple of kColumnStep.
+  std::int64_t columns = 0;
   bool fetch_output = false;  // into L2, during the statistics; planes only
   // Workspace, in the accumulate type. What each layout keeps there is said where it is used.
   void* partial = nullptr;

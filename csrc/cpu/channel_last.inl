@@ -23,13 +23,13 @@ static_assert(kTurnedBlock % cpu::kMaxUnit == 0 && kTurnedBlock / 2 >= cpu::kLea
 
 // Rows that share the scalars of a channel in a pass over all values. From memory two are faster in float32 and wider, and what
 // follows is fetched [Zen 4, given statistics, against a row at a time: 32x256x14x14 162 -> 127 us, 8x144x56x56 473 -> 410], as
-// long as the scalars leave room in L1 [8x2048x7x7: 125 -> 139]. In 16 bits arithmetic counts as much.
+// long as the scalars leave room in L1 [8x2048x7x7: 139 us against 125 of four rows]. In 16 bits arithmetic counts as much.
 constexpr int kSharedRows = 4;
 template <class T>
 constexpr int kFarRows = sizeof(T) == 2 ? kSharedRows : 2;
 constexpr std::int64_t kScalarBytes = 16 * 1024;
 template <class T>
-NORMEXT_INLINE bool scalars_fit_l1(std::int64_t channels) {
+NORMEXT_INLINE bool fetches_far_rows(std::int64_t channels) {
   return sizeof(T) == 2 || 5 * channels * static_cast<std::int64_t>(sizeof(Accumulate<T>)) <= kScalarBytes;
 }
 
@@ -40,9 +40,9 @@ NORMEXT_INLINE void fetch_next_rows(const T* p, std::int64_t channels, std::int6
   for (int r = 0; r < kRows; ++r) fetch_unit<kLocality>(next + r * kUnit<Accumulate<T>>);
 }
 // Fetches what a pass from memory over all values needs later, read or written, at channel c of kRows rows at p. In 16 bits the
-// next rows, as one sequence. Wider ones a page ahead, at most 8 rows, and to L2: L1 of Zen 4 has 8 ways, and the next rows of
-// three tensors would push these out [gradients of batch norm, to L1 and like this: 8x512x28x28 1330 -> 1040 us, 32x256x14x14 729
-// -> 638; with given statistics 1142 -> 683, 508 -> 461].
+// next rows, as one sequence. Wider ones a page ahead, at most 8 rows, and to L2: the next rows of three tensors would push the
+// present ones out of L1, which has 8 ways on Zen 4 [gradients of batch norm, to L1 and like this: 8x512x28x28 1330 -> 1040 us,
+// 32x256x14x14 729 -> 638; with given statistics 1142 -> 683, 508 -> 461].
 template <class T, int kRows>
 NORMEXT_INLINE void fetch_rows_ahead(const T* p, std::int64_t channels, std::int64_t c) {
   if constexpr (sizeof(T) == 2) {
@@ -58,6 +58,7 @@ NORMEXT_INLINE void fetch_rows_ahead(const T* p, std::int64_t channels, std::int
 struct Columns {
   std::int64_t begin, end;
 };
+static_assert(cpu::kColumnStep % kUnit<float> == 0 && cpu::kColumnStep % kUnit<double> == 0);
 
 // Per-channel values from natural order to that of T. The last unit is made whole with zeros.
 template <class T>
@@ -69,15 +70,6 @@ NORMEXT_INLINE void reorder(Accumulate<T>* array, Columns columns) {
       Packed<A>::pack(load<T>(array + c, Whole{})).write(array + c);
     }
   }
-}
-
-// Units of work of a resident call: blocks of columns of an image, image by image.
-NORMEXT_INLINE std::int64_t column_blocks(const ChannelShape& shape, const cpu::ChannelPlan& plan) {
-  return (shape.channels + plan.columns - 1) / plan.columns;
-}
-NORMEXT_INLINE Columns column_block(const ChannelShape& shape, const cpu::ChannelPlan& plan, std::int64_t unit) {
-  const std::int64_t first = unit % column_blocks(shape, plan) * plan.columns;
-  return {first, smaller(first + plan.columns, shape.channels)};
 }
 
 // Rows that one thread takes at least in a pass over all values.
@@ -357,17 +349,18 @@ struct LastForward {
     apply_turned(begin * blocks, end * blocks);
   }
 
-  void resident_units(std::int64_t begin, std::int64_t end) const {
-    for (; begin < end; ++begin) {
-      const std::int64_t image = begin / column_blocks(shape, plan);
-      const Columns columns = column_block(shape, plan, begin);
-      const std::int64_t group = shape.group_channels();
-      statistics(image * plan.pieces, (image + 1) * plan.pieces, columns);
-      merge(image, columns.begin / group, columns.end / group);
-      if (args.output == nullptr) continue;
-      prepare_rows<T>(args, image, rows_of(image), plan.padded, columns);
-      if (args.planes_output) turned_images(image, image + 1);
-      else apply<kSharedRows, false>(image * shape.spatial, (image + 1) * shape.spatial, columns);
+  void resident_images(std::int64_t begin, std::int64_t end) const {
+    const std::int64_t group = shape.group_channels();
+    for (std::int64_t image = begin; image < end; ++image) {
+      for (Columns columns = {0, 0}; columns.begin < channels; columns.begin = columns.end) {
+        columns.end = smaller(columns.begin + plan.columns, channels);
+        statistics(image * plan.pieces, (image + 1) * plan.pieces, columns);
+        merge(image, columns.begin / group, columns.end / group);
+        if (args.output == nullptr) continue;
+        prepare_rows<T>(args, image, rows_of(image), plan.padded, columns);
+        if (args.planes_output) turned_images(image, image + 1);  // of all columns: there is one block then
+        else apply<kSharedRows, false>(image * shape.spatial, (image + 1) * shape.spatial, columns);
+      }
     }
   }
 
@@ -375,8 +368,7 @@ struct LastForward {
     if (args.output != nullptr) prepare_params<T>(args, static_cast<A*>(plan.params), plan.padded);
     if (!args.given_stats) {
       if (plan.resident) {
-        return for_ranges(plan.parallel, shape.batch * column_blocks(shape, plan),
-                          [&](std::int64_t begin, std::int64_t end) { resident_units(begin, end); });
+        return for_ranges(plan.parallel, shape.batch, [&](std::int64_t begin, std::int64_t end) { resident_images(begin, end); });
       }
       for_ranges(plan.parallel, shape.batch * plan.pieces,
                  [&](std::int64_t begin, std::int64_t end) { statistics(begin, end, all); });
@@ -400,7 +392,7 @@ struct LastForward {
     const bool far = rows * channels * static_cast<std::int64_t>(sizeof(T)) > cpu::kFarBytes;
     const auto output = [&](std::int64_t begin, std::int64_t end) {
       const std::int64_t first = begin * task, last = smaller(end * task, rows);
-      if (far && scalars_fit_l1<T>(channels)) apply<kFarRows<T>, true>(first, last, all);
+      if (far && fetches_far_rows<T>(channels)) apply<kFarRows<T>, true>(first, last, all);
       else apply<kSharedRows, false>(first, last, all);
     };
     if (args.given_stats) for_ranges(plan.parallel, (rows + task - 1) / task, output);

@@ -18,8 +18,7 @@
 namespace normext::cpu {
 namespace {
 
-constexpr std::int64_t kAlignment = 64;   // of the workspace: a cache line
-constexpr std::int64_t kColumnStep = 32;  // channels: a whole number of units of every instruction set
+constexpr std::int64_t kAlignment = 64;  // of the workspace: a cache line
 // Rows of a run in channels-last: as many as fit L2 comfortably, since a run is read twice, but enough that merging costs little
 // and no more than the 16 terms of an accumulator that takes 8 rows at a time. An image of 256 rows and
 // more has 8 runs or more, so that it can be shared. [1280 channels of 8x8: runs of 16 rows took up to a fifth longer]
@@ -83,22 +82,23 @@ std::int64_t slab_bytes(const ChannelShape& shape, DType dtype) {
 // `count` units of work keep at least three quarters of the threads busy to the end.
 bool balanced(std::int64_t count, std::int64_t threads) { return 4 * count >= 3 * over(count, threads) * threads; }
 
-// The widest blocks of columns of which one of an image fits L2, or 0. A row has row_bytes. Threads share images, not their
-// columns: what made the input, and what reads the output, will have shared rows, and lines that are in the other core's cache come
-// slowly [Zen 4, columns shared by two threads: BatchNorm 8x512x7x7 77 -> 199 us, GroupNorm 1x1280x8x8 28 -> 72].
-std::int64_t resident_columns(const ChannelShape& shape, std::int64_t row_bytes, bool whole_rows, std::int64_t threads) {
+// The widest blocks of columns, all of them or, if an image may be cut, fewer, of which one of an image fits L2; or 0. A row has
+// row_bytes. Threads share images, not their columns: what made the input, and what reads the output, will have shared rows, and
+// lines that are in the other core's cache come slowly [Zen 4, columns shared by two threads: BatchNorm 8x512x7x7 77 -> 199 us,
+// GroupNorm 1x1280x8x8 28 -> 72].
+std::int64_t resident_columns(const ChannelShape& shape, std::int64_t row_bytes, bool may_cut, std::int64_t threads) {
   if (!balanced(shape.batch, threads)) return 0;
-  const std::int64_t image_bytes = shape.spatial * row_bytes;
+  const std::int64_t image_bytes = shape.spatial * row_bytes, group = shape.group_channels();
   if (image_bytes <= kResidentBytes) return shape.channels;
-  if (whole_rows || !is_amd() || shape.batch * image_bytes > kMostBlockedBytes) return 0;
-  const std::int64_t step = std::lcm(kColumnStep, shape.group_channels());
+  if (!may_cut || group == 1 || !is_amd() || shape.batch * image_bytes > kMostBlockedBytes) return 0;
+  const std::int64_t step = std::lcm(kColumnStep, group);
   const std::int64_t columns = kResidentBytes / (image_bytes / shape.channels) / step * step;
   return row_bytes / shape.channels * columns < kLeastBlockBytes ? 0 : columns;
 }
 
 // Threads for a call that reads and writes `tensors` tensors of a shape, of which `read` are read twice.
 void share(ChannelPlan& plan, const Parallel& parallel, const ChannelShape& shape, DType dtype, int tensors, int read,
-           bool whole_rows) {
+           bool may_cut) {
   std::int64_t bytes = shape.elements() * tensors * static_cast<std::int64_t>(accumulate_size_of(dtype));
   if (shape.layout == ChannelLayout::kChannelsLast) bytes -= kSharingBytes + kSharingBytesOfChannel * shape.channels;
   plan.parallel = threads_for(parallel, bytes);
@@ -106,7 +106,7 @@ void share(ChannelPlan& plan, const Parallel& parallel, const ChannelShape& shap
   if (shape.layout == ChannelLayout::kPlanes) {
     plan.resident = shape.slab_size() * value_bytes <= kResidentBytes && balanced(shape.slabs(), threads);
   } else {
-    plan.columns = resident_columns(shape, shape.channels * value_bytes, whole_rows, threads);
+    plan.columns = resident_columns(shape, shape.channels * value_bytes, may_cut, threads);
     plan.resident = plan.columns != 0;
   }
 }
@@ -227,7 +227,8 @@ void channel_forward(const ChannelForwardArgs& args, void* workspace, const Para
   seen.shape = seen_by_kernels(args.shape);
   ChannelPlan plan;
   forward_plan(seen, workspace, plan);
-  share(plan, parallel, seen.shape, args.dtype, 2, 1, args.planes_output || args.activation != Activation::kNone);
+  const bool plain = args.output != nullptr && args.residual == nullptr && args.activation == Activation::kNone;
+  share(plan, parallel, seen.shape, args.dtype, 2, 1, plain && !args.planes_output);
   plan.fetch_output = is_amd() && plan.resident && args.output != nullptr && args.activation == Activation::kNone &&
                       slab_bytes(seen.shape, args.dtype) <= kFetchOutputBytes;
   kernels().channel.forward(seen, plan);
@@ -245,7 +246,7 @@ void channel_backward(const ChannelBackwardArgs& args, void* workspace, const Pa
   seen.shape = seen_by_kernels(args.shape);
   ChannelPlan plan;
   backward_plan(seen, workspace, plan);
-  share(plan, parallel, seen.shape, args.dtype, 3, 2, true);
+  share(plan, parallel, seen.shape, args.dtype, 3, 2, false);
   kernels().channel.backward(seen, plan);
 }
 

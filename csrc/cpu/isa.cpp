@@ -42,12 +42,12 @@ namespace cpu {
 namespace {
 
 #if defined(__x86_64__)
-// The same kernels, which ask for the conversion each time.
+// The same kernels, allowed the instruction.
 const IsaKernels& avx512_bf16_kernels() {
   static const IsaKernels found = [] {
     IsaKernels kernels = avx512::kKernels;
     kernels.name = "avx512_bf16";
-    kernels.converts_bfloat16 = true;
+    kernels.has_bfloat16_instruction = true;
     return kernels;
   }();
   return found;
@@ -168,12 +168,12 @@ bool huge_pages_wanted() {
 
 }  // namespace
 
-bool converts_bfloat16 = false;
+bool has_bfloat16_instruction = false;
 
 const IsaKernels& kernels() {
   static const IsaKernels& chosen = []() -> const IsaKernels& {
     const IsaKernels& found = choose_kernels();
-    converts_bfloat16 = found.converts_bfloat16;
+    has_bfloat16_instruction = found.has_bfloat16_instruction;
     return found;
   }();
   return chosen;

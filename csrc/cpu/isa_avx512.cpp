@@ -1,6 +1,5 @@
 // AVX-512 as every such server and desktop part since Skylake-SP has it. Flags: -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma
-// -mf16c. -mavx512bf16 for its one conversion, which is asked for by name where the processor has it; the compiler makes no use of
-// it on its own, having no type for it.
+// -mf16c
 #if defined(__x86_64__)
 
 #define NORMEXT_ISA avx512

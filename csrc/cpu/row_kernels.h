@@ -16,7 +16,7 @@ constexpr std::int64_t kTermsPerSum = 16;  // that any accumulator takes in sequ
 constexpr std::int64_t kMaxRuns = 128;     // of rows, for parameter gradients
 constexpr std::int64_t kMaxUnit = 64;      // columns to which the widest instruction set pads a row of sums
 
-// How a thread goes through its rows; the result is the same.
+// How a thread goes through its rows; the result is the same. Without fma kBatches is all there is.
 enum class RowSchedule {
   kBatches,     // statistics of a batch of rows, then its output
   kFarBatches,  // the same, and the next batch is fetched meanwhile
@@ -58,17 +58,18 @@ struct RowKernels {
 struct IsaKernels {
   const char* name;
   bool fused_multiply_add;
-  bool converts_bfloat16;
-  RowKernels row[2];  // indexed by RowNorm
+  bool has_bfloat16_instruction;  // may be used
+  RowKernels row[2];              // indexed by RowNorm
   ChannelKernels channel;
   // [batch, rows, cols] to [batch, cols, rows]; elements of 2, 4 or 8 bytes.
   void (*transpose)(const void* from, void* to, std::int64_t batch, std::int64_t rows, std::int64_t cols, std::size_t element_bytes,
                     const Parallel& parallel);
 };
 
-const IsaKernels& kernels();    // the ones in use
-extern bool converts_bfloat16;  // they may use avx512_bf16; set when they are chosen
-bool is_amd();                  // the processor, as it says itself
+const IsaKernels& kernels();  // the ones in use
+// They may use avx512_bf16; set when they are chosen.
+extern __attribute__((visibility("hidden"))) bool has_bfloat16_instruction;
+bool is_amd();  // the processor, as it says itself
 // The caller's threads, or none where waking them costs more than they save: `bytes` are those of all passes over the values.
 Parallel threads_for(const Parallel& parallel, std::int64_t bytes);
 

@@ -1,5 +1,6 @@
-// Limits that were measured: they decide who does what, and when, and no result depends on them. What was measured on one kind of
-// processor alone is used on that kind alone: cpu::is_amd(). No inline functions here, as in row_kernels.h.
+// Limits that choose a path, as measured; no result depends on them. Where one kind of processor gained and the other was not
+// measured or did not, the path is for the former alone: cpu::is_amd(). Limits of one kernel stand beside it. No inline functions
+// here, as in row_kernels.h.
 #pragma once
 
 #include <cstdint>
@@ -32,10 +33,10 @@ constexpr std::int64_t kResidentBytes = 1 << 20;
 // 4, float32: BatchNorm 32x256x14x14 381 -> 279 us, InstanceNorm of the same 349 -> 250, of 8x64x56x56 227 -> 204; GroupNorm of
 // 1x512x128x128, slabs of 1 MB, 1.65 -> 1.85 ms].
 constexpr std::int64_t kFetchOutputBytes = 256 * 1024;
-// Images of channels-last that do not fit L2 are handled in blocks of columns, up to here, and from here on of a row, on Zen, in
-// forwards without an activation: others take longer than memory, or no less time [GroupNorm, images and blocks, us: float32
-// 2x640x32x32 387 -> 291, with SiLU 394 -> 443, backward 908 -> 850; bfloat16 230 -> 170, 328 -> 323, 546 -> 568; float32
-// 8x512x28x28, 13 MB, 847 -> 1025].
+// GroupNorm of channels-last whose images do not fit L2: inputs up to kMostBlockedBytes in all are handled in blocks of columns, of
+// at least kLeastBlockBytes of a row, on Zen, without an activation. Everything else takes longer than memory, or no less time
+// [images and blocks, us: float32 2x640x32x32 387 -> 291, with SiLU 394 -> 443, backward 908 -> 850; bfloat16 230 -> 170, 328 ->
+// 323, 546 -> 568; float32 8x512x28x28, 13 MB, 847 -> 1025].
 constexpr std::int64_t kMostBlockedBytes = 6 << 20;
 constexpr std::int64_t kLeastBlockBytes = 512;
 constexpr std::int64_t kPageBytes = 4096;  // over which prefetchers of memory follow a sequence of lines
