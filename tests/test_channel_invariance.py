@@ -70,7 +70,7 @@ def test_large_images_do_not_depend_on_the_batch(case, backend):
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_images_from_memory_are_those_from_cache(dtype, backend):
-    """The CPU takes channels-last rows otherwise where the input exceeds 3 MB: two at a time if wider than 16 bits, and fetches ahead."""
+    """The CPU takes channels-last rows otherwise from 3 MB of input on: two at a time if wider than 16 bits, and fetches ahead."""
     if backend.runs_cuda_code:
         pytest.skip("about the CPU's kernels")
     spatial = (99, 103) if dtype in cases.SIXTEEN_BIT else (69, 73)  # an image is too large to be handled in one go, too
