@@ -88,7 +88,7 @@ MUTANTS = (
         "finished = finish_single(mean, sum_lanes<A>(sums[0])",
         "finished = finish_single(sum / n, sum_lanes<A>(sums[0])",
         "avx2",
-        ("tests/test_native.py",),
+        INVARIANCE,
     ),
     Mutant(
         "past the caches: the upper half of a unit is lost",
@@ -96,7 +96,7 @@ MUTANTS = (
         "stream_bytes(p + kLanes<Accumulate<T>>, x.high);",
         "stream_bytes(p, x.high);",
         "avx2",
-        ("tests/test_native.py",),
+        INVARIANCE,
     ),
     # ---- races and mappings
     Mutant(
