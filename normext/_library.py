@@ -81,7 +81,11 @@ def special() -> bool:
 
 
 def any_requires_grad(*tensors: Tensor | None) -> bool:
-    return is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if is_grad_enabled():
+        for tensor in tensors:  # any(...) takes a generator [0.3 us]
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def autocast_active(input: Tensor) -> bool:
