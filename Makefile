@@ -88,6 +88,8 @@ kernels: build  ## spill gate: registers, spills and machine code of every CUDA 
 	$(PYTHON) tests/check_kernels.py $(NORMEXT_BUILD_DIR)
 
 kernel-table: export NORMEXT_CUDA = 1
+kernel-table: export NORMEXT_CUDA_ARCHS ?= 80 86 89 90 100 120
+kernel-table: export NORMEXT_BUILD_DIR = build/kernel-table
 kernel-table: build
 	$(PYTHON) tests/check_kernels.py $(NORMEXT_BUILD_DIR) --update
 

@@ -126,8 +126,8 @@ def cuda_options(jobs):
     # As many architectures at a time as keep the cores busy when the last file is compiled alone.
     threads = min(jobs, max(2, jobs // 4))
     options = ["-DNORMEXT_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DNORMEXT_NVCC_THREADS={threads}"]
-    if archs := cuda_archs():
-        options.append(f"-DNORMEXT_CUDA_ARCHS={';'.join(archs)}")
+    archs = cuda_archs()
+    options.append(f"-DNORMEXT_CUDA_ARCHS={';'.join(archs)}" if archs else "-UNORMEXT_CUDA_ARCHS")
     return options
 
 

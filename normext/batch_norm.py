@@ -127,6 +127,9 @@ def _graph_forward(
     return output, stats
 
 
+_ALL_BUT_RESIDUAL = 0b1101  # gradients; what the kernel gives in the place of the residual's is not looked at
+
+
 class _BatchNorm(torch.autograd.Function):
     """Statistics of the batch if `batch_stats`, and then running ones are updated; otherwise running ones are used."""
 
@@ -189,7 +192,8 @@ class _BatchNorm(torch.autograd.Function):
                     found = _backward.direct(grad_output, x, stats, residual, weight, bias, int(not batch_stats), activation, needs)
                 except MemoryError:
                     raise _library.out_of_memory(grad_output) from None
-                found = found if needs == 13 else _library.present(found, needs)
+                if needs != _ALL_BUT_RESIDUAL:
+                    found = _library.present(found, needs)
         grad_residual = found[1] if kernel_residual else (grad_output if needs_residual else None)
         return found[0], grad_residual, found[2], found[3], None, None, None, None, None, None, None
 

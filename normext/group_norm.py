@@ -67,8 +67,16 @@ _library.register_fakes(
 )
 
 
+def _save_for_backward(ctx: Any, input: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, activation: int) -> None:
+    """The bias for an activation, or for its dtype if there is no weight: a None saved costs as much as a tensor [0.7 us]."""
+    if activation or weight is None:
+        ctx.save_for_backward(input, stats, weight, bias)
+    else:
+        ctx.save_for_backward(input, stats, weight)
+
+
 class _GroupNorm(torch.autograd.Function):
-    """The output; with `stats_too` also the statistics, for whoever keeps running ones [4 us a step]."""
+    """The output and, if `stats_too`, the statistics, for whoever keeps running ones: a second output costs 4 us a step."""
 
     @staticmethod
     def forward(
@@ -84,10 +92,7 @@ class _GroupNorm(torch.autograd.Function):
         ctx.arguments = num_groups, eps, activation
         forward = _forward.overload if is_dynamo_compiling() else _forward.direct
         output, stats = forward(input, weight, bias, num_groups, eps, activation)
-        if activation or weight is None:
-            ctx.save_for_backward(input, stats, weight, bias)
-        else:
-            ctx.save_for_backward(input, stats, weight)
+        _save_for_backward(ctx, input, stats, weight, bias, activation)
         if not stats_too:
             return output
         ctx.mark_non_differentiable(stats)
@@ -95,11 +100,13 @@ class _GroupNorm(torch.autograd.Function):
         return output, stats
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad_output is None:
+            return (None,) * 7
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         num_groups, eps, activation = ctx.arguments
-        x, stats, weight, *bias_if_needed = ctx.saved_tensors
-        bias = bias_if_needed[0] if bias_if_needed else None
+        x, stats, weight, *others = ctx.saved_tensors
+        bias = others[0] if others else None
         needs = needs_input | needs_weight << 1 | needs_bias << 2
         if is_grad_enabled() or special():
             found: Any = _library.gradients(
@@ -128,7 +135,7 @@ def _setup_export(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     input, weight, bias, num_groups, eps, activation = inputs
     ctx.arguments = num_groups, eps, activation
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(input, output[1], weight, bias if activation or weight is None else None)
+    _save_for_backward(ctx, input, output[1], weight, bias, activation)
 
 
 def _backward_export(ctx: Any, grad_output: Tensor, grad_stats: Tensor) -> tuple[Any, ...]:

@@ -109,7 +109,9 @@ def instance_norm(
         if not graph and running_mean is None:
             output: Tensor = apply(x, weight, bias, x.shape[1], eps, code, False)
             return output
-        output, stats = compiled(x, weight, bias, x.shape[1], eps, code) if graph else apply(x, weight, bias, x.shape[1], eps, code, True)
+        output, stats = (
+            compiled(x, weight, bias, x.shape[1], eps, code) if graph else apply(x, weight, bias, x.shape[1], eps, code, True)
+        )
         if _library.is_exporting():
             images = stats.view(4, x.shape[0], x.shape[1]).mean(1)
             update_running_reference(images[0] + images[1], images[3], running_mean, running_var, None, momentum)

@@ -91,6 +91,14 @@ MUTANTS = (
         INVARIANCE,
     ),
     Mutant(
+        "sums of a few rows looked for in the wrong lanes",
+        "csrc/cpu/row_sums.inl",
+        "every<kLanes<A> / kRows>(",
+        "every<1>(",
+        "avx2",
+        INVARIANCE,
+    ),
+    Mutant(
         "past the caches: the upper half of a unit is lost",
         "csrc/cpu/vector.h",
         "stream_bytes(p + kLanes<Accumulate<T>>, x.high);",

@@ -139,6 +139,14 @@ MUTANTS = (
         CHANNEL_INVARIANCE,
     ),
     Mutant(
+        "means of a thread's own scalars left out",
+        "csrc/cpu/channel_last_backward.inl",
+        "if (scalars == Scalars::kWithMeans) self.prepare_means();",
+        "",
+        "avx2",
+        CHANNEL_INVARIANCE,
+    ),
+    Mutant(
         "last rows of an image in memory not written",
         "csrc/cpu/channel_last.inl",
         "take(std::integral_constant<int, 1>(), std::false_type());",

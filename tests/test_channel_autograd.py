@@ -350,3 +350,29 @@ def test_bad_grad_outputs_are_refused(device):
         with pytest.raises(RuntimeError):
             torch.autograd.grad(output, x, torch.ones(3, 6, 5, device=device), retain_graph=True)
         assert torch.autograd.grad(output, x, torch.ones_like(output))[0].isfinite().all()
+
+
+class Stop(torch.autograd.Function):
+    """Hands no gradient on."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return None
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("running", [None, torch.float32])
+@pytest.mark.parametrize("op", cases.OPS)
+def test_no_gradient_of_the_output_is_none_or_zero(op, running, create_graph, backend):
+    """As in torch: nobody is stopped by a node behind that gives nothing."""
+    case = cases.ChannelCase(op, running=None if op == "group_norm" else running)
+    t = cases.make(case, backend)
+    y = Stop.apply(case.call(replace(t, **{name: getattr(t, name).detach().requires_grad_() for name in t.names()})))
+    y.sum().backward(create_graph=create_graph)
+    leaf = t.x.detach().requires_grad_()
+    Stop.apply(case.call(replace(t, x=leaf))).sum().backward()
+    assert leaf.grad is None or not leaf.grad.any()

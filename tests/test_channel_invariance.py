@@ -104,6 +104,50 @@ def test_images_in_blocks_of_columns_are_those_in_rows(dtype, backend):
         cases.assert_same(results(case, t.images(index)), [r[index] for r in expected], index)
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("channels", (1000, 2040, 2100))
+def test_scalars_of_many_channels(channels, dtype, backend):
+    """Where several threads share rows of channels-last, each keeps scalars of its own for up to 2048 channels (2040 fill the
+    arrays). A thread alone takes images of float32 in blocks of 320 channels on AMD, unless an activation follows; the last is
+    narrow."""
+    if backend.runs_cuda_code:
+        pytest.skip("about the CPU's kernels")
+    shape = (1, channels, (13, 14) if channels == 1000 else (9, 8), channels // 20)
+    plain = cases.ChannelCase("group_norm", *shape, dtype=dtype, layout="channels_last")
+    t = cases.make(plain, backend)
+    fused = replace(plain, activation="relu")
+    torch.set_num_threads(1)
+    assert plain.call(t).relu().equal(fused.call(t))
+    norms = [
+        replace(plain, op="batch_norm", **more) for more in ({}, {"training": False}, {"residual": True, "activation": "relu"})
+    ]
+    for case in (plain, fused, *norms):
+        t = cases.make(case, backend)
+        torch.set_num_threads(1)
+        expected = cases.everything(case, t)
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            cases.assert_same(cases.everything(case, t), expected, case.id, threads)
+
+
+@pytest.mark.parametrize("channels", (1000, 2040, 2100))
+def test_scalars_with_the_sums_of_all_ranks(channels, backend):
+    """The second half of SyncBatchNorm's backward, whose means come from given sums."""
+    if backend.runs_cuda_code:
+        pytest.skip("about the CPU's kernels")
+    case = cases.ChannelCase("batch_norm", 2, channels, (9, 8), layout="channels_last")
+    t = cases.make(case, backend)
+    ops = torch.ops.normext
+    _, stats = ops.batch_norm_forward(t.x, None, t.weight, t.bias, None, None, 1e-5, 0)
+    sums = 2 * ops.batch_norm_backward_sums(t.dy, t.x, stats, None, t.weight, None, 0)  # those of two ranks that hold the same
+    count = torch.tensor([2 * t.x.numel() / channels], dtype=torch.float64)
+    alone = ops.batch_norm_backward(t.dy, t.x, stats, None, t.weight, t.bias, 0, 0, 1)[0]
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found = ops.batch_norm_backward_apply(t.dy, t.x, stats, None, t.weight, None, sums, count, 0, 1)[0]
+        cases.assert_same([found], [alone], threads)
+
+
 def test_sums_over_the_batch_are_the_only_ones(backend):
     """Parameter gradients of one image at a time add up to those of the batch."""
     for op in ("group_norm", "instance_norm"):

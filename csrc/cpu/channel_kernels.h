@@ -25,7 +25,7 @@ struct ChannelPlan {
   bool resident = false;
   // Channels-last: of a block; whole groups, and but for the last block a multiple of kColumnStep.
   std::int64_t columns = 0;
-  bool fetch_output = false;  // into L2, during the statistics; planes only
+  bool fetch_output = false;  // the output, or dx, is fetched to L2 while sums are taken; planes only
   // Workspace, in the accumulate type. What each layout keeps there is said where it is used.
   void* partial = nullptr;
   void* merged = nullptr;

@@ -31,6 +31,7 @@ struct LastBackward {
   const cpu::ChannelPlan& plan;
   const ChannelShape& shape = args.shape;
   const std::int64_t channels = shape.channels;
+  const Columns all = {0, channels};
   const std::int64_t padded = plan.padded;
   const bool second_pass = wants_second_pass(args);
   const T* const input = static_cast<const T*>(args.input);
@@ -151,7 +152,7 @@ struct LastBackward {
         const A of_group = group_mean<T>(args, first, group, sums + first, n);
         for (std::int64_t c = 0; c < group; ++c) mean[first + c] = of_group;
       }
-      reorder<T>(mean, {0, channels});
+      reorder<T>(mean, all);
     }
   }
 
@@ -210,7 +211,7 @@ struct LastBackward {
 
   void resident_images(std::int64_t begin, std::int64_t end) const {
     for (std::int64_t image = begin; image < end; ++image) {
-      prepare_rows<T>(args, image, rows_of(image), padded, {0, channels});
+      prepare_rows<T>(args, image, rows_of(image), padded, all);
       if (wants_sums(args)) {
         sums_of(image * plan.pieces, (image + 1) * plan.pieces);
         merge_runs(image, 0, channels);
@@ -220,28 +221,51 @@ struct LastBackward {
     }
   }
 
+  // Scalars of all images: what is known beforehand, and the means, once the sums are there.
+  void prepare() const {
+    prepare_params<T>(args, params, padded);
+    for (std::int64_t image = 0; image < shape.batch; ++image) prepare_rows<T>(args, image, rows_of(image), padded, all);
+  }
+  void prepare_means() const {
+    for (std::int64_t image = 0; wants_means(args) && image < shape.batch; ++image) means(image);
+  }
+  enum class Scalars { kKnownBefore, kWithMeans };
+
   void in_phases() const {
-    for (std::int64_t image = 0; image < shape.batch; ++image) prepare_rows<T>(args, image, rows_of(image), padded, {0, channels});
+    const bool own = wants_own_scalars(plan, shape.batch);
+    // body(call, begin, end) over [0, tasks): this call, or the same with the thread's own scalars.
+    const auto phase = [&](std::int64_t tasks, Scalars scalars, const auto& body) {
+      for_ranges(plan.parallel, tasks, [&](std::int64_t begin, std::int64_t end) {
+        if (!own) return body(*this, begin, end);
+        with_own_scalars<A, 5, 2>(plan, [&](const cpu::ChannelPlan& mine) {
+          const LastBackward self{args, mine};
+          self.prepare();
+          if (scalars == Scalars::kWithMeans) self.prepare_means();
+          body(self, begin, end);
+        });
+      });
+    };
+    if (!own) prepare();
     if (wants_sums(args)) {
-      for_ranges(plan.parallel, shape.batch * plan.pieces, [&](std::int64_t begin, std::int64_t end) { sums_of(begin, end); });
+      phase(shape.batch * plan.pieces, Scalars::kKnownBefore,
+            [](const LastBackward& self, std::int64_t begin, std::int64_t end) { self.sums_of(begin, end); });
       for (std::int64_t image = 0; image < shape.batch; ++image) {
         for_columns(plan.parallel, channels, channels * plan.pieces,
                     [&](std::int64_t begin, std::int64_t end) { merge_runs(image, begin, end); });
       }
     }
-    if (wants_means(args)) {
-      for (std::int64_t image = 0; image < shape.batch; ++image) means(image);
-    }
     if (!second_pass) return;
-    const std::int64_t rows = shape.batch * shape.spatial;
-    const std::int64_t task = rows_of_task<T>(channels);
-    for_ranges_again(plan.parallel, (rows + task - 1) / task,
-                     [&](std::int64_t begin, std::int64_t end) { values_of(begin * task, smaller(end * task, rows)); });
+    if (!own) prepare_means();
+    const std::int64_t rows = shape.batch * shape.spatial, task = rows_of_task<T>(channels);
+    phase((rows + task - 1) / task, Scalars::kWithMeans, [&](const LastBackward& self, std::int64_t begin, std::int64_t end) {
+      in_reverse(begin, end,
+                 [&](std::int64_t first, std::int64_t last) { self.values_of(first * task, smaller(last * task, rows)); });
+    });
   }
 
   void run() const {
-    prepare_params<T>(args, params, padded);
     if (plan.resident) {
+      prepare_params<T>(args, params, padded);
       for_ranges(plan.parallel, shape.batch, [&](std::int64_t begin, std::int64_t end) { resident_images(begin, end); });
     } else {
       in_phases();

@@ -19,10 +19,12 @@ namespace normext::cpu {
 namespace {
 
 constexpr std::int64_t kAlignment = 64;  // of the workspace: a cache line
-// Rows of a run in channels-last: as many as fit L2 comfortably, since a run is read twice, but enough that merging costs little
-// and no more than the 16 terms of an accumulator that takes 8 rows at a time. An image of 256 rows and
-// more has 8 runs or more, so that it can be shared. [1280 channels of 8x8: runs of 16 rows took up to a fifth longer]
-constexpr std::int64_t kRunBytes = 64 * 1024;
+// Rows of a run in channels-last: as many as fit L2 with the next run, since a run is read twice, but enough that merging costs
+// little and no more than the 16 terms of an accumulator that takes 8 rows at a time. An image of 256 rows and more has about
+// 8 runs or more, so that it can be shared. [1280 channels of 8x8: runs of 16 rows took up to a fifth longer. Zen 4, 64 and 256 KB:
+// BatchNorm float32 8x512x28x28 681 -> 610 us, 32x256x14x14 345 -> 306, bfloat16 8x2048x7x7 162 -> 127; with gradients up to a
+// tenth less]
+constexpr std::int64_t kRunBytes = 256 * 1024;
 constexpr std::int64_t kLeastRun = 32;
 constexpr std::int64_t kMostRun = 128;
 constexpr std::int64_t kRunsOfImage = 8;
@@ -75,38 +77,45 @@ std::size_t lay_out(void* base, std::size_t value_bytes, const std::int64_t (&co
   return offset + kAlignment;
 }
 
-std::int64_t slab_bytes(const ChannelShape& shape, DType dtype) {
-  return shape.slab_size() * static_cast<std::int64_t>(size_of(dtype));
+// Whether units of work, `count` of at most `bytes` each, are handled one after the other: such a unit fits L2, and threads that
+// share them out are busy to the end, three quarters of them at least.
+bool handled_whole(std::int64_t count, std::int64_t bytes, std::int64_t threads) {
+  return bytes <= kResidentBytes && 4 * count >= 3 * over(count, threads) * threads;
 }
 
-// `count` units of work keep at least three quarters of the threads busy to the end.
-bool balanced(std::int64_t count, std::int64_t threads) { return 4 * count >= 3 * over(count, threads) * threads; }
-
-// The widest blocks of columns, all of them or, if an image may be cut, fewer, of which one of an image fits L2; or 0. A row has
-// row_bytes. Threads share images, not their columns: what made the input, and what reads the output, will have shared rows, and
-// lines that are in the other core's cache come slowly [Zen 4, columns shared by two threads: BatchNorm 8x512x7x7 77 -> 199 us,
-// GroupNorm 1x1280x8x8 28 -> 72].
-std::int64_t resident_columns(const ChannelShape& shape, std::int64_t row_bytes, bool may_cut, std::int64_t threads) {
-  if (!balanced(shape.batch, threads)) return 0;
-  const std::int64_t image_bytes = shape.spatial * row_bytes, group = shape.group_channels();
-  if (image_bytes <= kResidentBytes) return shape.channels;
-  if (!may_cut || group == 1 || !is_amd() || shape.batch * image_bytes > kMostBlockedBytes) return 0;
-  const std::int64_t step = std::lcm(kColumnStep, group);
-  const std::int64_t columns = kResidentBytes / (image_bytes / shape.channels) / step * step;
-  return row_bytes / shape.channels * columns < kLeastBlockBytes ? 0 : columns;
+// The columns of an image that are handled as a unit: all, blocks of them if the image may be cut, or 0 if no unit fits. Threads
+// share images, not their columns: what made the input, and what reads the output, will have shared rows, and lines that are in the
+// other core's cache come slowly [Zen 4, columns shared by two threads: BatchNorm 8x512x7x7 77 -> 199 us, GroupNorm 1x1280x8x8 28
+// -> 72].
+std::int64_t columns_of_unit(const ChannelShape& shape, std::int64_t value_bytes, int read, bool may_cut, std::int64_t threads) {
+  const std::int64_t group = shape.group_channels(), column_bytes = shape.spatial * value_bytes * read;
+  std::int64_t columns = shape.channels;
+  if (may_cut && is_amd() && group > 1) {
+    const std::int64_t step = std::lcm(kColumnStep, group);
+    if (columns * column_bytes <= kResidentBytes) {
+      if (value_bytes > 2 && columns >= 2 * kNarrowColumns)
+        columns = std::min(columns, std::max(kNarrowColumns / step, std::int64_t{1}) * step);
+    } else if (shape.batch * columns * column_bytes <= kMostBlockedBytes) {
+      columns = kResidentBytes / column_bytes / step * step;
+      if (columns * value_bytes < kLeastBlockBytes) return 0;
+    }
+  }
+  return handled_whole(shape.batch, columns * column_bytes, threads) ? columns : 0;
 }
 
-// Threads for a call that reads and writes `tensors` tensors of a shape, of which `read` are read twice.
-void share(ChannelPlan& plan, const Parallel& parallel, const ChannelShape& shape, DType dtype, int tensors, int read,
+// Threads for a call that reads and writes `tensors` tensors of a shape, of which `read` are read twice. `plain`: its last pass
+// writes something, without an activation. may_cut: an image of channels-last may be taken in blocks of columns.
+void share(ChannelPlan& plan, const Parallel& parallel, const ChannelShape& shape, DType dtype, int tensors, int read, bool plain,
            bool may_cut) {
   std::int64_t bytes = shape.elements() * tensors * static_cast<std::int64_t>(accumulate_size_of(dtype));
   if (shape.layout == ChannelLayout::kChannelsLast) bytes -= kSharingBytes + kSharingBytesOfChannel * shape.channels;
   plan.parallel = threads_for(parallel, bytes);
-  const std::int64_t threads = plan.parallel.threads, value_bytes = read * static_cast<std::int64_t>(size_of(dtype));
+  const std::int64_t threads = plan.parallel.threads, value_bytes = static_cast<std::int64_t>(size_of(dtype));
   if (shape.layout == ChannelLayout::kPlanes) {
-    plan.resident = shape.slab_size() * value_bytes <= kResidentBytes && balanced(shape.slabs(), threads);
+    plan.resident = handled_whole(shape.slabs(), shape.slab_size() * value_bytes * read, threads);
+    plan.fetch_output = is_amd() && plan.resident && plain && shape.slab_size() * value_bytes <= kFetchOutputBytes;
   } else {
-    plan.columns = resident_columns(shape, shape.channels * value_bytes, may_cut, threads);
+    plan.columns = columns_of_unit(shape, value_bytes, read, may_cut, threads);
     plan.resident = plan.columns != 0;
   }
 }
@@ -227,10 +236,8 @@ void channel_forward(const ChannelForwardArgs& args, void* workspace, const Para
   seen.shape = seen_by_kernels(args.shape);
   ChannelPlan plan;
   forward_plan(seen, workspace, plan);
-  const bool plain = args.output != nullptr && args.residual == nullptr && args.activation == Activation::kNone;
-  share(plan, parallel, seen.shape, args.dtype, 2, 1, plain && !args.planes_output);
-  plan.fetch_output = is_amd() && plan.resident && args.output != nullptr && args.activation == Activation::kNone &&
-                      slab_bytes(seen.shape, args.dtype) <= kFetchOutputBytes;
+  const bool plain = args.output != nullptr && args.activation == Activation::kNone;
+  share(plan, parallel, seen.shape, args.dtype, 2, 1, plain, plain && args.residual == nullptr && !args.planes_output);
   kernels().channel.forward(seen, plan);
 }
 
@@ -246,7 +253,8 @@ void channel_backward(const ChannelBackwardArgs& args, void* workspace, const Pa
   seen.shape = seen_by_kernels(args.shape);
   ChannelPlan plan;
   backward_plan(seen, workspace, plan);
-  share(plan, parallel, seen.shape, args.dtype, 3, 2, false);
+  const bool plain = args.grad_input != nullptr && args.activation == Activation::kNone;
+  share(plan, parallel, seen.shape, args.dtype, 3, 2, plain, false);
   kernels().channel.backward(seen, plan);
 }
 

@@ -112,7 +112,7 @@ struct PlanesForward {
   void statistics(std::int64_t begin, std::int64_t end) const {
     A* mean = static_cast<A*>(plan.partial);
     const std::int64_t table = images * plan.pieces * plan.padded;
-    const std::int64_t fit = kBatchBytes / (plan.piece * static_cast<std::int64_t>(sizeof(T)));
+    const std::int64_t fit = kBatchBytes<T> / (plan.piece * static_cast<std::int64_t>(sizeof(T)));
     const std::int64_t most = plan.pieces > 1 || fit < 1 ? 1 : smaller(fit, kMaxBatch);
     while (begin < end) {
       const std::int64_t of_line = begin / plan.pieces, piece = begin % plan.pieces;

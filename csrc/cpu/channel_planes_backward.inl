@@ -75,6 +75,7 @@ struct PlanesBackward {
   const Parameter<T> weight = weight_of<T>(args);
   const Parameter<T> bias = bias_of<T>(args);
   const bool second_pass = wants_second_pass(args);
+  const T* const dx_ahead = plan.fetch_output ? static_cast<const T*>(args.grad_input) : nullptr;  // null: not fetched
 
   struct Plane {
     CentredRow<V> slab[2];
@@ -100,10 +101,12 @@ struct PlanesBackward {
       for (int r = 0; r < count; ++r) {
         const Plane plane = plane_of(cursor);
         const std::int64_t from = piece * plan.piece, first = cursor.plane * shape.spatial + from;
+        const L2Ahead<T> next_dx = {at(dx_ahead, first)};
         V of_plane[2];
         sum_columns<A>(
             smaller(plan.piece, shape.spatial - from),
             [&](std::int64_t column, auto extent, Sums<A, 2>& s) __attribute__((always_inline)) {
+              if constexpr (!kValues) next_dx.fetch(column);
               Pair<A> xhat[1] = {load<T>(input + first + column, extent)};
               Pair<A> dz[1] = {load<T>(grad_output + first + column, extent)};
               const T* const extra[1] = {at(residual, first + column)};

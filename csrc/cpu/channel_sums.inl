@@ -108,7 +108,7 @@ NORMEXT_INLINE T* at(T* data, std::int64_t offset) {
 template <class A, int kCount>
 NORMEXT_INLINE void activate_all(Activation activation, Pair<A> (&z)[kCount]) {
   switch_activation(activation, [&](auto which) __attribute__((always_inline)) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) z[i] = {activate(which.value, z[i].a), activate(which.value, z[i].b)};
   });
 }
@@ -297,15 +297,17 @@ NORMEXT_INLINE void for_output_units(std::int64_t begin, std::int64_t n, Unit un
   else unit(begin, Partial{static_cast<int>(n - begin)});
 }
 
-// A second pass over all values, body(begin, end) over ranges of tasks. Each thread begins where its first pass ended, since that
-// part is still in L2.
+// body(first, last) over [begin, end), the last tasks first: a second pass over values begins where the first one of the thread
+// ended, since that part is still in L2.
+template <class Body>
+NORMEXT_INLINE void in_reverse(std::int64_t begin, std::int64_t end, const Body& body) {
+  for (std::int64_t stop = end; stop > begin; stop -= kTasksOfStep) {
+    body(stop - begin > kTasksOfStep ? stop - kTasksOfStep : begin, stop);
+  }
+}
 template <class Body>
 NORMEXT_INLINE void for_ranges_again(const cpu::Parallel& parallel, std::int64_t tasks, const Body& body) {
-  for_ranges(parallel, tasks, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t stop = end; stop > begin; stop -= kTasksOfStep) {
-      body(stop - begin > kTasksOfStep ? stop - kTasksOfStep : begin, stop);
-    }
-  });
+  for_ranges(parallel, tasks, [&](std::int64_t begin, std::int64_t end) { in_reverse(begin, end, body); });
 }
 
 // Planes in the order of memory, their channels and slabs: divisions cost as much as a plane of 7x7.

@@ -87,7 +87,6 @@ const IsaKernels& choose_kernels() {
 constexpr std::int64_t kChunkBytes = 2 << 20;
 constexpr std::size_t kAlignment = 64;  // of the workspace: a cache line
 // Rows of a block share one pass over the accumulators as long as x and dy of the block stay in L2.
-constexpr std::int64_t kBlockRows = 4;
 constexpr std::int64_t kBlockCols = 32768;
 
 std::int64_t segments_of(std::int64_t cols) { return (cols + kSegment - 1) / kSegment; }

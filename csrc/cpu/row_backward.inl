@@ -68,14 +68,13 @@ struct RowGradient {
     return keep<T>({Policy::normalise(v.a, row), Policy::normalise(v.b, row)}, extent);
   }
 
-  // Row sums over one segment; the last is that of g*xhat.
-  __attribute__((noinline)) void segment_sums(std::int64_t row, std::int64_t segment, A (&sums)[kSums]) const {
+  // Row sums over one segment, whose lanes are still to be added; the last is that of g*xhat.
+  __attribute__((noinline)) void segment_lanes(std::int64_t row, std::int64_t segment, V (&lanes)[kSums]) const {
     const std::int64_t begin = segment * kSegment;
     const T* x = input(row) + begin;
     const G* dy = grad_output(row) + begin;
     const Row stats = statistics(row);
     const L2Ahead<T> output = {plan.fetch ? static_cast<const T*>(args.grad_input) + row * args.cols + begin : nullptr};
-    V lanes[kSums];
     sum_columns<A>(
         segment_cols(segment, args.cols),
         [&](std::int64_t column, auto extent, Sums<A, kSums>& sum) __attribute__((always_inline)) {
@@ -89,19 +88,39 @@ struct RowGradient {
           gx = {fma(g.a, xhat.a, gx.a), fma(g.b, xhat.b, gx.b)};
         },
         lanes);
+  }
+  NORMEXT_INLINE void segment_sums(std::int64_t row, std::int64_t segment, A (&sums)[kSums]) const {
+    V lanes[kSums];
+    segment_lanes(row, segment, lanes);
     for (int q = 0; q < kSums; ++q) sums[q] = sum_lanes<A>(lanes[q]);
   }
 
-  GradientMeans<A> row_means(std::int64_t row) const {
-    A of_segment[kSums][kMaxSegments];
+  // Means of the rows of a block.
+  NORMEXT_INLINE void row_means(std::int64_t row, std::int64_t count, GradientMeans<A>* out) const {
     const std::int64_t segments = segments_of(args.cols);
-    for (std::int64_t s = 0; s < segments; ++s) {
-      A sums[kSums];
-      segment_sums(row, s, sums);
-      for (int q = 0; q < kSums; ++q) of_segment[q][s] = sums[q];
-    }
     const A n = static_cast<A>(args.cols);
-    return {Policy::kCentred ? pairwise(of_segment[0], segments) / n : 0, pairwise(of_segment[kSums - 1], segments) / n};
+    if (segments == 1) {  // lanes of all rows together
+      constexpr std::int64_t kRoom = kLanes<A> > cpu::kBlockRows ? kLanes<A> : cpu::kBlockRows;
+      V of_row[kSums][kRoom];
+      alignas(V) A sums[kSums][kRoom];
+      for (std::int64_t r = 0; r < count; ++r) {
+        V lanes[kSums];
+        segment_lanes(row + r, 0, lanes);
+        for (int q = 0; q < kSums; ++q) of_row[q][r] = lanes[q];
+      }
+      for (int q = 0; q < kSums; ++q) sum_lanes_of_rows(of_row[q], static_cast<int>(count), sums[q]);
+      for (std::int64_t r = 0; r < count; ++r) out[r] = {Policy::kCentred ? sums[0][r] / n : 0, sums[kSums - 1][r] / n};
+      return;
+    }
+    for (std::int64_t r = 0; r < count; ++r) {
+      A of_segment[kSums][kMaxSegments];
+      for (std::int64_t s = 0; s < segments; ++s) {
+        A sums[kSums];
+        segment_sums(row + r, s, sums);
+        for (int q = 0; q < kSums; ++q) of_segment[q][s] = sums[q];
+      }
+      out[r] = {Policy::kCentred ? pairwise(of_segment[0], segments) / n : 0, pairwise(of_segment[kSums - 1], segments) / n};
+    }
   }
 
   // Columns [begin, end) of kRows rows: grad_input if `means` are given, and the rows' share of the parameter gradients if `sums`,
@@ -194,12 +213,12 @@ struct RowGradient {
                    std::int64_t c1, A* sums, const Means& means) const {
     const std::int64_t level_size = kSums * plan.padded_cols;
     std::int64_t blocks = (begin - run_begin) / plan.block;
-    GradientMeans<A> block_means[4];
+    GradientMeans<A> block_means[cpu::kBlockRows];
     for (std::int64_t row = begin; row < end;) {
       const std::int64_t count = end - row >= plan.block ? plan.block : 1;
       const GradientMeans<A>* wanted = means(row, count, block_means) ? block_means : nullptr;
       const bool add = blocks % kTermsPerSum != 0;
-      if (count == 4) block<4>(row, wanted, sums, add, c0, c1);
+      if (count == cpu::kBlockRows) block<cpu::kBlockRows>(row, wanted, sums, add, c0, c1);
       else block<1>(row, wanted, sums, add, c0, c1);
       row += count;
       ++blocks;
@@ -230,7 +249,7 @@ struct RowGradient {
   // Row means from the rows themselves.
   NORMEXT_INLINE bool compute_means(std::int64_t row, std::int64_t count, GradientMeans<A>* out) const {
     if (args.grad_input == nullptr) return false;
-    for (std::int64_t r = 0; r < count; ++r) out[r] = row_means(row + r);
+    row_means(row, count, out);
     return true;
   }
 

@@ -63,7 +63,8 @@ __attribute__((noinline)) void pipeline(const RowForwardArgs& args, bool stream,
     if constexpr (Policy::kCentred) {
       if (r > begin && r <= end) {
         Vector<A> sums[2];
-        deviation_sums<T>(stored_row<T>(args, r - 1), source_ahead<T, kResidual, kShared>(args, following, 0), mean, cols, sums);
+        const auto next = source_ahead<T, kResidual, kShared>(RowSource<T, kResidual>(args, following), cols, 0);
+        deviation_sums<T>(stored_row<T>(args, r - 1), next, mean, cols, sums);
         finished = finish_single(mean, sum_lanes<A>(sums[0]), sum_lanes<A>(sums[1]), n, eps);
       }
       mean = sum / n;
@@ -84,8 +85,8 @@ __attribute__((noinline)) void pipeline(const RowForwardArgs& args, bool stream,
 
 template <class Policy, class T, class P, class O, int kMode, Source kSource>
 void batches(const RowForwardArgs& args, bool stream, std::int64_t begin, std::int64_t end) {
-  const std::int64_t fit = kBatchBytes / (args.cols * static_cast<std::int64_t>(sizeof(T)));
-  const std::int64_t most = fit < 1 ? 1 : smaller(fit, kMaxBatch);
+  const std::int64_t fit = kBatchBytes<T> / (args.cols * static_cast<std::int64_t>(sizeof(T)));
+  const std::int64_t most = fit < kLeastBatch ? kLeastBatch : smaller(fit, kMaxBatch);
   const std::int64_t batch_rows = most > 4 ? most - most % 4 : most;
   RowBatch<Accumulate<T>> batch;
   for (std::int64_t row = begin; row < end; row += batch_rows) {
@@ -126,7 +127,8 @@ void forward_rows(const RowForwardArgs& args, const cpu::ForwardPlan& plan, std:
   } else if (args.cols > kSegment) {
     const auto rows = [&](auto next_of) { long_rows<Policy, T, P, O, kMode>(args, stream, begin, end, next_of); };
     if (plan.schedule == RowSchedule::kBatches) rows([](std::int64_t) { return Ahead<T, 0>{}; });
-    else if (plan.schedule == RowSchedule::kFarBatches) rows([&](std::int64_t r) { return source_ahead<T, false, 1>(args, r, 0); });
+    else if (plan.schedule == RowSchedule::kFarBatches)
+      rows([&](std::int64_t r) { return source_ahead<T, false, 1>(RowSource<T, false>(args, r), args.cols, 0); });
     else if (fused) rows([&](std::int64_t r) { return row_ahead<T, O, true, 1>(args, stream, r, r); });
     else rows([&](std::int64_t r) { return row_ahead<T, O, false, 1>(args, stream, r, r); });
   } else {

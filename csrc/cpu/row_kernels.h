@@ -34,6 +34,8 @@ struct ForwardPlan {
 constexpr std::int64_t kScratchPerSegment = 4;
 constexpr std::int64_t kScratchPerRow = 3;
 
+constexpr std::int64_t kBlockRows = 4;  // of a block of rows that are not too wide
+
 // Parameter gradients are summed over `runs` runs of consecutive rows; in a run over blocks of `block` rows, whose sums pass
 // through `levels` accumulators of kTermsPerSum terms each. All of this depends on the shape only.
 struct BackwardPlan {
@@ -41,7 +43,7 @@ struct BackwardPlan {
   bool inside_runs = false;  // threads share the rows, then the columns, of `chunk` rows at a time; otherwise they take whole runs
   bool fetch = false;        // what comes next into L2: grad_input during the row sums, then the rows of the next block
   std::int64_t runs = 0;     // 0: no parameter gradient is wanted
-  std::int64_t block = 1;
+  std::int64_t block = 1;    // kBlockRows or 1
   std::int64_t levels = 1;
   std::int64_t padded_cols = 0;
   std::int64_t chunk = 0;

@@ -23,6 +23,60 @@ NORMEXT_INLINE std::int64_t segment_cols(std::int64_t segment, std::int64_t cols
   return smaller(kSegment, cols - segment * kSegment);
 }
 
+// Sum over lanes by halves; every lane holds the result.
+template <int kXor, class V, int... I>
+NORMEXT_INLINE V add_across(V v, std::integer_sequence<int, I...> lanes) {
+  v = v + __builtin_shufflevector(v, v, (I ^ kXor)...);
+  if constexpr (kXor > 1) v = add_across<kXor / 2>(v, lanes);
+  return v;
+}
+template <class A>
+NORMEXT_INLINE A sum_lanes(Vector<A> v) {
+  return add_across<kLanes<A> / 2>(v, std::make_integer_sequence<int, kLanes<A>>())[0];
+}
+
+// Of every 2 * kHalf lanes, the halves of x added, then those of y.
+template <int kHalf, class V, int... I>
+NORMEXT_INLINE V add_halves(V x, V y, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(x, y, (I / kHalf % 2 * n + I / kHalf / 2 * 2 * kHalf + I % kHalf)...) +
+         __builtin_shufflevector(x, y, (I / kHalf % 2 * n + I / kHalf / 2 * 2 * kHalf + I % kHalf + kHalf)...);
+}
+// The sums of kRows vectors at once: a transposition by halves, with the additions of sum_lanes. That of v[r] is left in every lane
+// from r * kLanes / kRows on, up to the next. Overwrites v; kHalf is for the steps.
+template <class A, int kRows, int kHalf = kLanes<A> / 2>
+NORMEXT_INLINE Vector<A> transposed_sums(Vector<A>* v) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes<A>>();
+  if constexpr (kRows == 1) {
+    return add_across<kHalf>(v[0], lanes);
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows / 2; ++i) v[i] = add_halves<kHalf>(v[i], v[i + kRows / 2], lanes);
+    if constexpr (kHalf > 1) return transposed_sums<A, kRows / 2, kHalf / 2>(v);
+    else return v[0];
+  }
+}
+// Lanes 0, kStride, 2 * kStride, ... first.
+template <int kStride, class V, int... I>
+NORMEXT_INLINE V every(V v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, (I * kStride % static_cast<int>(sizeof...(I)))...);
+}
+// One vector of sum_lanes_of_rows(), of which `count` <= kRows rows are there. It is stored whole, as it will be read.
+template <class A, int kRows = kLanes<A>>
+NORMEXT_INLINE void sum_lanes_of_some(Vector<A>* row, int count, A* out) {
+  if constexpr (kRows > 1) {
+    if (count <= kRows / 2) return sum_lanes_of_some<A, kRows / 2>(row, count, out);
+  }
+  for (int absent = count; absent < kRows; ++absent) row[absent] = row[0];
+  store_bytes(out, every<kLanes<A> / kRows>(transposed_sums<A, kRows>(row), std::make_integer_sequence<int, kLanes<A>>()));
+}
+// out[r] = sum of the lanes of row[r], for `count` rows; both arrays hold a whole number of vectors, of which the absent ones count
+// for nothing. Overwrites row.
+template <class A>
+NORMEXT_INLINE void sum_lanes_of_rows(Vector<A>* row, int count, A* out) {
+  for (int r = 0; r < count; r += kLanes<A>) sum_lanes_of_some<A>(row + r, count - r < kLanes<A> ? count - r : kLanes<A>, out + r);
+}
+
 // Sum of n > 0 values in index order: neighbours first. Overwrites them.
 template <class X>
 NORMEXT_INLINE X pairwise(X* x, std::int64_t n) {

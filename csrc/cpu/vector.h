@@ -155,45 +155,6 @@ struct Pair {
   Vector<A> a, b;
 };
 
-// Sum over lanes by halves; every lane holds the result.
-template <int kXor, class V, int... I>
-NORMEXT_INLINE V add_across(V v, std::integer_sequence<int, I...> lanes) {
-  v = v + __builtin_shufflevector(v, v, (I ^ kXor)...);
-  if constexpr (kXor > 1) v = add_across<kXor / 2>(v, lanes);
-  return v;
-}
-template <class A>
-NORMEXT_INLINE A sum_lanes(Vector<A> v) {
-  return add_across<kLanes<A> / 2>(v, std::make_integer_sequence<int, kLanes<A>>())[0];
-}
-
-// The same sums of kLanes vectors at once, left in out[0..kLanes): a transposition by halves, with the additions of sum_lanes.
-template <int kHalf, class V, int... I>
-NORMEXT_INLINE V add_halves(V x, V y, std::integer_sequence<int, I...>) {
-  constexpr int n = sizeof...(I);
-  return __builtin_shufflevector(x, y, (I / kHalf % 2 * n + I / kHalf / 2 * 2 * kHalf + I % kHalf)...) +
-         __builtin_shufflevector(x, y, (I / kHalf % 2 * n + I / kHalf / 2 * 2 * kHalf + I % kHalf + kHalf)...);
-}
-template <class A, int kHalf>
-NORMEXT_INLINE Vector<A> transposed_sums(Vector<A>* v) {
-#pragma GCC unroll 8
-  for (int i = 0; i < kHalf; ++i) v[i] = add_halves<kHalf>(v[i], v[i + kHalf], std::make_integer_sequence<int, kLanes<A>>());
-  if constexpr (kHalf > 1) return transposed_sums<A, kHalf / 2>(v);
-  else return v[0];
-}
-// out[r] = sum of the lanes of row[r], for `count` rows; both arrays hold a whole number of vectors, of which the absent ones count
-// for nothing. Overwrites row.
-template <class A>
-NORMEXT_INLINE void sum_lanes_of_rows(Vector<A>* row, int count, A* out) {
-  int r = 0;
-  for (; r < count; r += kLanes<A>) {
-    if (count - r < kLanes<A> / 2) break;
-    for (int absent = count; absent < r + kLanes<A>; ++absent) row[absent] = row[r];
-    store_bytes(out + r, transposed_sums<A, kLanes<A> / 2>(row + r));
-  }
-  for (; r < count; ++r) out[r] = sum_lanes<A>(row[r]);
-}
-
 // ---- packed units: what kUnit consecutive columns of T look like in memory. They are read and written a vector at a time: GCC 12
 // moves larger copies through the stack.
 
