@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cpu/channel_planes.inl"
+#include "cpu/tuning.h"
 
 namespace normext {
 inline namespace NORMEXT_ISA {
@@ -75,7 +76,11 @@ struct PlanesBackward {
   const Parameter<T> weight = weight_of<T>(args);
   const Parameter<T> bias = bias_of<T>(args);
   const bool second_pass = wants_second_pass(args);
-  const T* const dx_ahead = plan.fetch_output ? static_cast<const T*>(args.grad_input) : nullptr;  // null: not fetched
+  // What is fetched while sums are taken, or null. Of all that the pass reads and writes: what lies a page ahead, where it gives
+  // the values, too, and memory is far [Zen 4, fixed statistics, forward and backward: 32x256x14x14 float32 835 -> 697 us,
+  // 8x64x112x112 bfloat16 1274 -> 1114]; what only sums read is left to the processor [up to a tenth more].
+  const bool far = shape.elements() * static_cast<std::int64_t>(sizeof(T)) > cpu::kFarBytes;
+  const T* const dx_ahead = plan.fetch_output ? static_cast<const T*>(args.grad_input) : nullptr;
 
   struct Plane {
     CentredRow<V> slab[2];
@@ -101,12 +106,19 @@ struct PlanesBackward {
       for (int r = 0; r < count; ++r) {
         const Plane plane = plane_of(cursor);
         const std::int64_t from = piece * plan.piece, first = cursor.plane * shape.spatial + from;
-        const L2Ahead<T> next_dx = {at(dx_ahead, first)};
+        const std::int64_t page = first + cpu::kPageBytes / static_cast<std::int64_t>(sizeof(T));
+        const L2Ahead<T> next_dx = {kValues ? at(far ? static_cast<const T*>(args.grad_input) : nullptr, page)
+                                            : at(dx_ahead, first)};
+        const L2Ahead<T> next_x = {far ? input + page : nullptr}, next_dy = {far ? grad_output + page : nullptr};
         V of_plane[2];
         sum_columns<A>(
             smaller(plan.piece, shape.spatial - from),
             [&](std::int64_t column, auto extent, Sums<A, 2>& s) __attribute__((always_inline)) {
-              if constexpr (!kValues) next_dx.fetch(column);
+              next_dx.fetch(column);
+              if constexpr (kValues) {
+                next_x.fetch(column);
+                next_dy.fetch(column);
+              }
               Pair<A> xhat[1] = {load<T>(input + first + column, extent)};
               Pair<A> dz[1] = {load<T>(grad_output + first + column, extent)};
               const T* const extra[1] = {at(residual, first + column)};
