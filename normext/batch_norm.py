@@ -91,13 +91,7 @@ _library.register_fakes(
 
 
 def _save_for_backward(
-    ctx: Any,
-    input: Tensor,
-    stats: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: int,
+    ctx: Any, input: Tensor, stats: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: int
 ) -> None:
     """What the backward reads: without an activation no residual, and a bias only for its dtype where there is no weight."""
     if activation or weight is None:
