@@ -1,6 +1,6 @@
 """InstanceNorm (Ulyanov, Vedaldi and Lempitsky, 2016): GroupNorm with one channel per group, with optional running statistics."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -106,12 +106,12 @@ def instance_norm(
     if _library.transformed():
         return _transformed(x, running_mean, running_var, weight, bias, momentum, eps, code)
     try:
-        if not graph and running_mean is None:
-            output: Tensor = apply(x, weight, bias, x.shape[1], eps, code, False)
-            return output
-        output, stats = (
-            compiled(x, weight, bias, x.shape[1], eps, code) if graph else apply(x, weight, bias, x.shape[1], eps, code, True)
-        )
+        if graph:
+            output, stats = compiled(x, weight, bias, x.shape[1], eps, code)
+        elif running_mean is not None:
+            output, stats = apply(x, weight, bias, x.shape[1], eps, code, True)
+        else:
+            return cast(Tensor, apply(x, weight, bias, x.shape[1], eps, code, False))
         if _library.is_exporting():
             images = stats.view(4, x.shape[0], x.shape[1]).mean(1)
             update_running_reference(images[0] + images[1], images[3], running_mean, running_var, None, momentum)

@@ -72,11 +72,8 @@ _library.register_fakes(
 
 
 def _save_for_backward(ctx: Any, input: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    """A bias only for its dtype, where there is no weight: a None saved costs as much as a tensor [0.7 us]."""
-    if weight is None:
-        ctx.save_for_backward(input, stats, None, bias)
-    else:
-        ctx.save_for_backward(input, stats, weight)
+    """A bias only for its dtype, where there is no weight."""
+    _library.save_for_backward(ctx, input, stats, weight, weight is None, bias)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -113,8 +110,8 @@ class _LayerNorm(torch.autograd.Function):
         if grad_output is None:
             grad, grad_weight, grad_bias = grad_summed, None, None
         else:
-            x, stats, weight, *bias_alone = ctx.saved_tensors
-            bias = bias_alone[0] if bias_alone else None
+            x, stats, weight, *others = ctx.saved_tensors
+            bias = others[0] if others else None
             needs = (needs_input or needs_residual) | needs_weight << 1 | needs_bias << 2
             if is_grad_enabled() or special():
                 found = _library.gradients(
