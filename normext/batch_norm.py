@@ -93,9 +93,12 @@ _library.register_fakes(
 def _save_for_backward(
     ctx: Any, input: Tensor, stats: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: int
 ) -> None:
-    """What the backward reads: without an activation no residual, and a bias only for its dtype where there is no weight."""
-    others = bias, residual if activation else None
-    _library.save_for_backward(ctx, input, stats, weight, activation != 0 or weight is None, *others)
+    """What the backward reads: without an activation no residual, and a bias only for its dtype where there is no weight. A None
+    saved costs as much as a tensor [0.7 us]."""
+    if activation != 0 or weight is None:
+        ctx.save_for_backward(input, stats, weight, bias, residual if activation != 0 else None)
+    else:
+        ctx.save_for_backward(input, stats, weight)
 
 
 def _graph_forward(
@@ -122,8 +125,13 @@ def _graph_forward(
 _ALL_BUT_RESIDUAL = 0b1101  # gradients; what the kernel gives in the place of the residual's is not looked at
 
 
+# running_mean, running_var, num_batches_tracked, training, momentum, eps, activation
+_Arguments = tuple[Tensor | None, Tensor | None, Tensor | None, bool, float, float, int]
+
+
 class _BatchNorm(torch.autograd.Function):
-    """Statistics of the batch if `batch_stats`, and then running ones are updated; otherwise running ones are used."""
+    """Of what batch_norm_train_ takes after the parameters, with `training` before momentum, in one argument: each costs every step
+    [0.2 us]. In training running statistics, if there are any, are updated; otherwise they are used."""
 
     @staticmethod
     def forward(
@@ -132,26 +140,16 @@ class _BatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        batch_stats: bool,
-        momentum: float,
-        eps: float,
-        activation: int,
+        arguments: _Arguments,
     ) -> Tensor:
-        ctx.arguments = batch_stats, eps, activation
+        mean, var, batches, training, momentum, eps, activation = arguments
+        ctx.arguments = training, eps, activation
         if is_dynamo_compiling():
-            output, stats = _graph_forward(
-                *(input, residual, weight, bias, running_mean, running_var, num_batches_tracked),
-                *(batch_stats, momentum, eps, activation),
-            )
-        elif batch_stats:
-            output, stats = _train(
-                *(input, residual, weight, bias, running_mean, running_var, num_batches_tracked), momentum, eps, activation
-            )
+            output, stats = _graph_forward(input, residual, weight, bias, *arguments)
+        elif training:
+            output, stats = _train(input, residual, weight, bias, mean, var, batches, momentum, eps, activation)
         else:
-            output, stats = _forward.direct(input, residual, weight, bias, running_mean, running_var, eps, activation)
+            output, stats = _forward.direct(input, residual, weight, bias, mean, var, eps, activation)
         _save_for_backward(ctx, input, stats, residual, weight, bias, activation)
         result: Tensor = output
         return result
@@ -159,16 +157,16 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
         needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-        batch_stats, eps, activation = ctx.arguments
-        x, stats, weight, *others = ctx.saved_tensors
-        bias, residual = others or (None, None)
+        training, eps, activation = ctx.arguments
+        saved = ctx.saved_tensors
+        x, stats, weight, bias, residual = saved if len(saved) == 5 else (*saved, None, None)
         # Without an activation the residual's gradient is the output's.
         kernel_residual = needs_residual and activation != 0
         needs = needs_input | kernel_residual << 1 | needs_weight << 2 | needs_bias << 3
         found: Any = (None,) * 4
         if needs:
             if is_grad_enabled() or special():
-                fixed = (None, None) if batch_stats else (stats[0], stats[2])
+                fixed = (None, None) if training else (stats[0], stats[2])
                 found = _library.gradients(
                     _backward,
                     reference,
@@ -176,18 +174,18 @@ class _BatchNorm(torch.autograd.Function):
                     (grad_output,),
                     stats,
                     (x, residual, weight, bias),
-                    (int(not batch_stats), activation),
+                    (int(not training), activation),
                     (*fixed, eps, activation),
                 )
             else:
                 try:
-                    found = _backward.direct(grad_output, x, stats, residual, weight, bias, int(not batch_stats), activation, needs)
+                    found = _backward.direct(grad_output, x, stats, residual, weight, bias, int(not training), activation, needs)
                 except MemoryError:
                     raise _library.out_of_memory(grad_output) from None
                 if needs != _ALL_BUT_RESIDUAL:
                     found = _library.present(found, needs)
         grad_residual = found[1] if kernel_residual else (grad_output if needs_residual else None)
-        return found[0], grad_residual, found[2], found[3], None, None, None, None, None, None, None
+        return found[0], grad_residual, found[2], found[3], None
 
 
 _apply = _library.direct_apply(_BatchNorm)
@@ -201,7 +199,7 @@ def _setup_export(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _backward_export(ctx: Any, grad_output: Tensor, grad_stats: Tensor) -> tuple[Any, ...]:
-    return _BatchNorm.backward(ctx, grad_output)[:8]
+    return *_BatchNorm.backward(ctx, grad_output)[:4], None, None, None, None
 
 
 _library.register_autograd("batch_norm_export", _backward_export, _setup_export)
@@ -290,10 +288,8 @@ def tracked_batch_norm(
         _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
         result: Tensor
         if is_grad_enabled() and _library.any_requires_grad(input, residual, weight, bias):
-            result = _apply(
-                *(input, residual, weight, bias, running_mean, running_var, num_batches_tracked),
-                *(training, momentum, eps, code),
-            )
+            arguments = running_mean, running_var, num_batches_tracked, training, momentum, eps, code
+            result = _apply(input, residual, weight, bias, arguments)
         elif training:
             if running_mean is None and running_var is None:
                 result = _inference.direct(input, residual, weight, bias, None, None, eps, code)
@@ -382,10 +378,8 @@ def _special(
         if training and input.numel() > 0:
             update_running_reference(stats[0] + stats[1], stats[3], running_mean, running_var, num_batches_tracked, momentum)
     elif _library.any_requires_grad(input, residual, weight, bias):
-        result = _BatchNorm.apply(  # type: ignore[no-untyped-call]
-            *(input, residual, weight, bias, running_mean, running_var, num_batches_tracked),
-            *(bool(training), momentum, eps, activation),
-        )
+        arguments = running_mean, running_var, num_batches_tracked, bool(training), momentum, eps, activation
+        result = _BatchNorm.apply(input, residual, weight, bias, arguments)  # type: ignore[no-untyped-call]
     else:
         result = _graph_forward(
             *(input, residual, weight, bias, running_mean, running_var, num_batches_tracked),

@@ -109,9 +109,9 @@ def instance_norm(
         if graph:
             output, stats = compiled(x, weight, bias, x.shape[1], eps, code)
         elif running_mean is not None:
-            output, stats = apply(x, weight, bias, x.shape[1], eps, code, True)
+            output, stats = apply(x, weight, bias, (x.shape[1], eps, code), True)
         else:
-            return cast(Tensor, apply(x, weight, bias, x.shape[1], eps, code, False))
+            return cast(Tensor, apply(x, weight, bias, (x.shape[1], eps, code), False))
         if _library.is_exporting():
             images = stats.view(4, x.shape[0], x.shape[1]).mean(1)
             update_running_reference(images[0] + images[1], images[3], running_mean, running_var, None, momentum)
