@@ -6,7 +6,7 @@ Environment variables, none of them needed:
   NORMEXT_CUDA_ARCHS  GPU architectures, for example "80 90" (TORCH_CUDA_ARCH_LIST, for example "8.0;9.0+PTX", is understood too)
   NORMEXT_EMULATOR    1: also build normext/_C_emulated, which runs the CUDA kernels on the CPU, for the tests
   NORMEXT_BUILD_DIR   where CMake works; kept between builds
-  NORMEXT_CMAKE_ARGS  more arguments for CMake
+  NORMEXT_CMAKE_ARGS  more arguments for CMake, for example "-DNORMEXT_CPU_ISAS=avx2", which halves a CPU-only build
   MAX_JOBS            compilers that run at the same time
 """
 

@@ -76,8 +76,8 @@ def _save_for_backward(ctx: Any, input: Tensor, stats: Tensor, weight: Tensor | 
 
 
 class _GroupNorm(torch.autograd.Function):
-    """Of num_groups, eps and activation, in one argument: each costs every step [0.2 us]. The output and, if `stats_too`, the
-    statistics, for whoever keeps running ones: a second output costs 4 us a step."""
+    """`arguments`: num_groups, eps and activation. The output and, if `stats_too`, the statistics, for whoever keeps running ones:
+    a second output costs 4 us a step."""
 
     @staticmethod
     def forward(

@@ -80,8 +80,7 @@ def _save_for_backward(ctx: Any, input: Tensor, stats: Tensor, weight: Tensor | 
 
 
 class _LayerNorm(torch.autograd.Function):
-    """Of normalized_ndim, eps and alpha, in one argument: each costs every step [0.2 us]. With a residual, two outputs: the norm
-    and what was normalised."""
+    """`arguments`: normalized_ndim, eps and alpha. With a residual, two outputs: the norm and what was normalised."""
 
     @staticmethod
     def forward(

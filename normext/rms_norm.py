@@ -87,8 +87,8 @@ _library.register_fakes(
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Of normalized_ndim, eps, weight_offset and rounding, in one argument: each costs every step [0.2 us]. With a residual, two
-    outputs: the norm and what was normalised."""
+    """`arguments`: normalized_ndim, eps, weight_offset and rounding. With a residual, two outputs: the norm and what was
+    normalised."""
 
     @staticmethod
     def forward(

@@ -2,7 +2,7 @@
 
 Each mutant is a textual replacement in one file, the back ends it needs and the tests that must fail. A mutant that nothing
 notices has survived; the program then exits with 1. Words on the command line select mutants by name. The copy is compiled
-with -O1, incrementally: only what a mutant touches, only the library its tests load.
+with -O1, incrementally: only what a mutant touches, only the instruction sets and the library its tests load.
 """
 
 import os
@@ -42,13 +42,14 @@ def sync():
             shutil.copy(source, target)
 
 
-def configure():
+def configure(isas):
     import pybind11
     import torch
 
     options = {
         "CMAKE_BUILD_TYPE": "None",
         "CMAKE_CXX_FLAGS": "-O1",
+        "NORMEXT_CPU_ISAS": ";".join(isas),
         "NORMEXT_EMULATOR": "ON",
         "NORMEXT_TORCH": Path(torch.__file__).parent,
         "NORMEXT_PYBIND11": pybind11.get_include(),
@@ -101,7 +102,7 @@ def main(words):
         print(f"this machine has no {mutant.backends}: {mutant.name}", flush=True)
         chosen.remove(mutant)
     sync()
-    configure()
+    configure(["avx2", "avx512"] if any("avx512" in m.backends for m in chosen) else ["avx2"])
     for kind in ("avx2", "emulated"):
         refused = compile_for(kind)
         assert refused is None, refused

@@ -1,7 +1,7 @@
 """Installing normext the ways people do, what the compiled module links to, and what a build that cannot work says.
 
-One unoptimised CPU-only build of the source distribution, shared by all tests, keeps this cheap: each installation from it
-compiles one file or none. Environments share the torch of this one through symbolic links.
+One unoptimised CPU-only build of the source distribution, for the baseline instruction set, shared by all tests, keeps this
+cheap: each installation from it compiles one file or none. Environments share the torch of this one through symbolic links.
 """
 
 import os
@@ -24,9 +24,11 @@ DOWNLOADS_TORCH = re.compile(r"(Downloading|Using cached) torch-|Downloading tor
 
 
 def environment(**more):
-    """This process's environment without what configures a build or an interpreter."""
+    """This process's environment without what configures a build or an interpreter. Without build isolation, cmake and ninja are
+    those of this interpreter: an older ninja on the PATH would build everything again, since it cannot read the other's log."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith(CLEARED)}
-    return {**plain, "NORMEXT_CUDA": "0", "NORMEXT_CMAKE_ARGS": "-DCMAKE_BUILD_TYPE=None", **more}
+    plain["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), plain["PATH"]))
+    return {**plain, "NORMEXT_CUDA": "0", "NORMEXT_CMAKE_ARGS": "-DCMAKE_BUILD_TYPE=None -DNORMEXT_CPU_ISAS=", **more}
 
 
 def run(*command, cwd=None, **variables):
@@ -166,7 +168,7 @@ def test_cpp_package(source, tmp_path):
     """find_package(normext) gives a C++ program the CPU kernels, without torch or Python."""
     prefix, program = tmp_path / "prefix", tmp_path / "program"
     cmake, ninja = map(setup_functions()["tool"], ("cmake", "ninja"))
-    configure = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DCMAKE_BUILD_TYPE=None"]
+    configure = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DCMAKE_BUILD_TYPE=None", "-DNORMEXT_CPU_ISAS="]
     # The folder remembers the torch and the interpreter of an earlier test's build, which may be gone.
     succeeds(cmake, "-S", source.folder, "-B", source.build, "-DNORMEXT_TORCH=", *configure)
     succeeds(cmake, "--build", source.build, "--target", "normext_kernels")

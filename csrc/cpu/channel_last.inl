@@ -9,7 +9,7 @@
 // [2, padded], weight and bias. rows and params are in the order of T (vector.h); where threads share one image each has its own.
 #pragma once
 
-#include "cpu/channel_sums.inl"
+#include "cpu/channel_scalars.inl"
 #include "cpu/transpose.inl"
 #include "cpu/tuning.h"
 
@@ -56,24 +56,6 @@ NORMEXT_INLINE void fetch_rows_ahead(const T* p, std::int64_t channels, std::int
     const std::int64_t page = smaller(8 * channels, cpu::kPageBytes / static_cast<std::int64_t>(sizeof(T)));
     const std::int64_t distance = page < kRows * channels ? kRows * channels : page;
     for (int r = 0; r < kRows; ++r) fetch_unit<2>(p + distance + r * channels + c);
-  }
-}
-
-// Some channels: from a whole number of units on, whole groups.
-struct Columns {
-  std::int64_t begin, end;
-};
-static_assert(cpu::kColumnStep % kUnit<float> == 0 && cpu::kColumnStep % kUnit<double> == 0);
-
-// Per-channel values from natural order to that of T. The last unit is made whole with zeros.
-template <class T>
-NORMEXT_INLINE void reorder(Accumulate<T>* array, Columns columns) {
-  using A = Accumulate<T>;
-  for (std::int64_t c = columns.end; c % kUnit<A> != 0; ++c) array[c] = 0;
-  if constexpr (Packed<T>::kEvenOdd) {
-    for (std::int64_t c = columns.begin; c < columns.end; c += kUnit<A>) {
-      Packed<A>::pack(load<T>(array + c, Whole{})).write(array + c);
-    }
   }
 }
 
@@ -142,76 +124,6 @@ __attribute__((noinline)) void run_moments(const T* x, std::int64_t rows, std::i
     store<T>(correction + c, {a.correction, b.correction}, Whole{});
     store<T>(m2 + c, {a.m2, b.m2}, Whole{});
   }
-}
-
-// Scalars of one unit of channels.
-template <class A>
-struct ChannelRows {
-  CentredRow<Vector<A>> a, b;
-
-  NORMEXT_INLINE ChannelRows(const A* rows, std::int64_t padded, std::int64_t channel) {
-    const Pair<A> hi = Packed<A>::read(rows + channel).unpack(), lo = Packed<A>::read(rows + padded + channel).unpack(),
-                  rstd = Packed<A>::read(rows + 2 * padded + channel).unpack();
-    a = {hi.a, lo.a, rstd.a};
-    b = {hi.b, lo.b, rstd.b};
-  }
-};
-
-// Weight and bias of all channels, as plan.params holds them.
-template <class T, class Args>
-NORMEXT_INLINE void prepare_params(const Args& args, Accumulate<T>* params, std::int64_t padded) {
-  using A = Accumulate<T>;
-  visit_parameters<T>(args, [&](auto type) {
-    using P = decltype(type);
-    const auto* weight = static_cast<const P*>(args.weight);
-    const auto* bias = static_cast<const P*>(args.bias);
-    for_units<A>(0, args.shape.channels, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
-      Packed<A>::pack(weight_unit<T>(weight, c, extent)).write(params + c);
-      Packed<A>::pack(bias == nullptr ? Pair<A>{} : load<T>(bias + c, extent)).write(params + padded + c);
-    });
-  });
-}
-// Statistics of some channels of an image, as plan.rows holds them.
-template <class T, class Args>
-NORMEXT_INLINE void prepare_rows(const Args& args, std::int64_t image, Accumulate<T>* rows, std::int64_t padded, Columns columns) {
-  using A = Accumulate<T>;
-  const std::int64_t group = args.shape.group_channels(), slabs = args.shape.slabs(), first = image * args.shape.groups;
-  for (int k = 0; k < 3; ++k) {
-    const A* stats = static_cast<const A*>(args.stats) + k * slabs + first;
-    A* row = rows + k * padded;
-    if (group == 1) {
-      for_units<A>(columns.begin, columns.end, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
-        Packed<A>::pack(load<T>(stats + c, extent)).write(row + c);
-      });
-      continue;
-    }
-    for (std::int64_t g = columns.begin / group; g < columns.end / group; ++g) {
-      const A value = stats[g];
-      for (std::int64_t c = g * group; c < (g + 1) * group; ++c) row[c] = value;
-    }
-    reorder<T>(row, columns);
-  }
-}
-
-// Scalars of the channels of one image that a thread keeps for itself, on its stack (double, backward: 112 KB): those that another
-// core has written come line by line [Zen 4, two threads, without and with, us: BatchNorm float32 1x1024x14x14 78, 65; 8x512x7x7
-// 38, 34.5; GroupNorm 1x960x16x16 77, 69; 2 % where the host runs both threads close together].
-constexpr std::int64_t kMostOwnChannels = 2048;
-template <class A, int kArrays>
-struct OwnScalars {
-  alignas(NORMEXT_VECTOR_BYTES) A values[kArrays * kMostOwnChannels];
-};
-// body(plan) where the arrays `rows`, of kRows * padded values, and `params`, after them, are the calling thread's own.
-template <class A, int kRows, int kParams, class Body>
-NORMEXT_INLINE void with_own_scalars(const cpu::ChannelPlan& plan, Body body) {
-  OwnScalars<A, kRows + kParams> own;
-  cpu::ChannelPlan mine = plan;
-  mine.rows = own.values;
-  mine.params = own.values + kRows * plan.padded;
-  body(mine);
-}
-NORMEXT_INLINE bool wants_own_scalars(const cpu::ChannelPlan& plan, std::int64_t batch) {
-  return plan.parallel.threads > 1 && batch == 1 && plan.padded <= kMostOwnChannels;
 }
 
 template <class T, bool kFused>
@@ -398,7 +310,7 @@ struct LastForward {
   // Output of tasks [begin, end), as one thread takes them.
   void output(std::int64_t begin, std::int64_t end) const {
     const std::int64_t rows = shape.batch * shape.spatial, task = rows_of_task<T>(channels);
-    const bool far = rows * channels * static_cast<std::int64_t>(sizeof(T)) > cpu::kFarBytes && fetches_far_rows<T>(channels);
+    const bool far = comes_from_memory<T>(shape) && fetches_far_rows<T>(channels);
     const auto take = [&](std::int64_t first, std::int64_t last) {
       if (far) apply<kFarRows<T>, true>(first * task, smaller(last * task, rows), all);
       else apply<kSharedRows, false>(first * task, smaller(last * task, rows), all);
@@ -429,21 +341,15 @@ struct LastForward {
       }
     }
     if (args.output == nullptr) return;
-    if (!args.planes_output && wants_own_scalars(plan, shape.batch)) {
-      return for_ranges(plan.parallel, output_tasks(), [&](std::int64_t begin, std::int64_t end) {
-        with_own_scalars<A, 3, 2>(plan, [&](const cpu::ChannelPlan& mine) {
-          const LastForward self{args, mine};
-          self.prepare_all();
-          self.output(begin, end);
-        });
-      });
-    }
-    prepare_all();
+    const bool own = !args.planes_output && wants_own_scalars(plan, shape.batch);
+    if (!own) prepare_all();
     if (args.planes_output) {
       return for_ranges(plan.parallel, shape.batch * turned_row_blocks() * turned_column_blocks(),
                         [&](std::int64_t begin, std::int64_t end) { apply_turned(begin, end); });
     }
-    for_ranges(plan.parallel, output_tasks(), [&](std::int64_t begin, std::int64_t end) { output(begin, end); });
+    for_ranges_with_scalars<A, 3, 2>(
+        *this, own, output_tasks(), [](const LastForward& self) { self.prepare_all(); },
+        [](const LastForward& self, std::int64_t begin, std::int64_t end) { self.output(begin, end); });
   }
 };
 

@@ -229,26 +229,14 @@ struct LastBackward {
   void prepare_means() const {
     for (std::int64_t image = 0; wants_means(args) && image < shape.batch; ++image) means(image);
   }
-  enum class Scalars { kKnownBefore, kWithMeans };
 
   void in_phases() const {
     const bool own = wants_own_scalars(plan, shape.batch);
-    // body(call, begin, end) over [0, tasks): this call, or the same with the thread's own scalars.
-    const auto phase = [&](std::int64_t tasks, Scalars scalars, const auto& body) {
-      for_ranges(plan.parallel, tasks, [&](std::int64_t begin, std::int64_t end) {
-        if (!own) return body(*this, begin, end);
-        with_own_scalars<A, 5, 2>(plan, [&](const cpu::ChannelPlan& mine) {
-          const LastBackward self{args, mine};
-          self.prepare();
-          if (scalars == Scalars::kWithMeans) self.prepare_means();
-          body(self, begin, end);
-        });
-      });
-    };
     if (!own) prepare();
     if (wants_sums(args)) {
-      phase(shape.batch * plan.pieces, Scalars::kKnownBefore,
-            [](const LastBackward& self, std::int64_t begin, std::int64_t end) { self.sums_of(begin, end); });
+      for_ranges_with_scalars<A, 5, 2>(
+          *this, own, shape.batch * plan.pieces, [](const LastBackward& self) { self.prepare(); },
+          [](const LastBackward& self, std::int64_t begin, std::int64_t end) { self.sums_of(begin, end); });
       for (std::int64_t image = 0; image < shape.batch; ++image) {
         for_columns(plan.parallel, channels, channels * plan.pieces,
                     [&](std::int64_t begin, std::int64_t end) { merge_runs(image, begin, end); });
@@ -257,10 +245,16 @@ struct LastBackward {
     if (!second_pass) return;
     if (!own) prepare_means();
     const std::int64_t rows = shape.batch * shape.spatial, task = rows_of_task<T>(channels);
-    phase((rows + task - 1) / task, Scalars::kWithMeans, [&](const LastBackward& self, std::int64_t begin, std::int64_t end) {
-      in_reverse(begin, end,
-                 [&](std::int64_t first, std::int64_t last) { self.values_of(first * task, smaller(last * task, rows)); });
-    });
+    const auto prepare_with_means = [](const LastBackward& self) {
+      self.prepare();
+      self.prepare_means();
+    };
+    for_ranges_with_scalars<A, 5, 2>(*this, own, (rows + task - 1) / task, prepare_with_means,
+                                     [&](const LastBackward& self, std::int64_t begin, std::int64_t end) {
+                                       in_reverse(begin, end, [&](std::int64_t first, std::int64_t last) {
+                                         self.values_of(first * task, smaller(last * task, rows));
+                                       });
+                                     });
   }
 
   void run() const {

@@ -79,7 +79,7 @@ struct PlanesBackward {
   // What is fetched while sums are taken, or null. Of all that the pass reads and writes: what lies a page ahead, where it gives
   // the values, too, and memory is far [Zen 4, fixed statistics, forward and backward: 32x256x14x14 float32 835 -> 697 us,
   // 8x64x112x112 bfloat16 1274 -> 1114]; what only sums read is left to the processor [up to a tenth more].
-  const bool far = shape.elements() * static_cast<std::int64_t>(sizeof(T)) > cpu::kFarBytes;
+  const bool far = comes_from_memory<T>(shape);
   const T* const dx_ahead = plan.fetch_output ? static_cast<const T*>(args.grad_input) : nullptr;
 
   struct Plane {

@@ -5,6 +5,7 @@
 
 #include "cpu/channel_kernels.h"
 #include "cpu/row_passes.inl"
+#include "cpu/tuning.h"
 #include "norms/channel_norm.h"
 
 namespace normext {
@@ -15,6 +16,11 @@ constexpr std::int64_t kColumnsOfTask = 64;     // that one thread merges at lea
 constexpr std::int64_t kMergeSerial = 1 << 15;  // values; fewer are not worth waking threads for
 constexpr std::int64_t kValuesOfTask = 4096;    // of a pass over all values that one thread takes at least
 constexpr std::int64_t kTasksOfStep = 4;        // that a pass in reverse takes in order
+
+template <class T>
+NORMEXT_INLINE bool comes_from_memory(const ChannelShape& shape) {
+  return shape.elements() * static_cast<std::int64_t>(sizeof(T)) > cpu::kFarBytes;
+}
 
 template <class A>
 NORMEXT_INLINE Pair<A> operator+(Pair<A> x, Pair<A> y) {

@@ -25,14 +25,17 @@ namespace normext {
 namespace scalar {
 extern const cpu::IsaKernels kKernels;
 }
-#if defined(__x86_64__)
+#if defined(NORMEXT_CPU_AVX2)
 namespace avx2 {
 extern const cpu::IsaKernels kKernels;
 }
+#endif
+#if defined(NORMEXT_CPU_AVX512)
 namespace avx512 {
 extern const cpu::IsaKernels kKernels;
 }
-#elif defined(__aarch64__)
+#endif
+#if defined(__aarch64__)
 namespace neon {
 extern const cpu::IsaKernels kKernels;
 }
@@ -41,7 +44,7 @@ extern const cpu::IsaKernels kKernels;
 namespace cpu {
 namespace {
 
-#if defined(__x86_64__)
+#if defined(NORMEXT_CPU_AVX512)
 // The same kernels, allowed the instruction.
 const IsaKernels& avx512_bf16_kernels() {
   static const IsaKernels found = [] {
@@ -58,14 +61,20 @@ std::vector<const IsaKernels*> available_kernels() {
   std::vector<const IsaKernels*> list = {&scalar::kKernels};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  [[maybe_unused]] const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+#if defined(NORMEXT_CPU_AVX2)
   if (has_avx2) list.push_back(&avx2::kKernels);
+#endif
+#if defined(NORMEXT_CPU_AVX512)
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     list.push_back(&avx512::kKernels);
     if (__builtin_cpu_supports("avx512bf16")) list.push_back(&avx512_bf16_kernels());
   }
-#elif defined(__aarch64__)
+#endif
+#if defined(__aarch64__)
   list.push_back(&neon::kKernels);
 #endif
   return list;
