@@ -4,9 +4,10 @@ Environment variables, none of them needed:
   NORMEXT_TORCH       folder of the torch package to compile against
   NORMEXT_CUDA        1: CUDA kernels or an error; 0: none. Default: whether there is an nvcc
   NORMEXT_CUDA_ARCHS  GPU architectures, for example "80 90" (TORCH_CUDA_ARCH_LIST, for example "8.0;9.0+PTX", is understood too)
+  NORMEXT_CPU_ISAS    instruction sets to compile CPU kernels for beside the baseline; x86-64: "avx2 avx512", which is the default
   NORMEXT_EMULATOR    1: also build normext/_C_emulated, which runs the CUDA kernels on the CPU, for the tests
   NORMEXT_BUILD_DIR   where CMake works; kept between builds
-  NORMEXT_CMAKE_ARGS  more arguments for CMake, for example "-DNORMEXT_CPU_ISAS=avx2", which halves a CPU-only build
+  NORMEXT_CMAKE_ARGS  more arguments for CMake
   MAX_JOBS            compilers that run at the same time
 """
 
@@ -131,6 +132,14 @@ def cuda_options(jobs):
     return options
 
 
+# ---- CPU --------------------------------------------------------------------------------------------------------------------
+
+
+def cpu_options():
+    isas = os.environ.get("NORMEXT_CPU_ISAS")
+    return ["-UNORMEXT_CPU_ISAS" if isas is None else f"-DNORMEXT_CPU_ISAS={';'.join(re.findall(r'[a-z0-9]+', isas))}"]
+
+
 # ---- CMake ------------------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +218,7 @@ class BuildNative(build_ext):
             *[cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), f"-DCMAKE_MAKE_PROGRAM={ninja}"],
             *[f"-DPython_EXECUTABLE={sys.executable}", f"-DNORMEXT_TORCH={torch}", f"-DNORMEXT_PYBIND11={pybind11.get_include()}"],
             f"-DNORMEXT_EMULATOR={os.environ.get('NORMEXT_EMULATOR', '0')}",
+            *cpu_options(),
             *cuda_options(count),
             *shlex.split(os.environ.get("NORMEXT_CMAKE_ARGS", "")),
         ]

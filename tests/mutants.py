@@ -2,7 +2,8 @@
 
 Each mutant is a textual replacement in one file, the back ends it needs and the tests that must fail. A mutant that nothing
 notices has survived; the program then exits with 1. Words on the command line select mutants by name. The copy is compiled
-with -O1, incrementally: only what a mutant touches, only the instruction sets and the library its tests load.
+with -O1, incrementally: only what a mutant touches, only the library its tests load, AVX-512 only if a mutant needs it (tests of
+Python code then run there rather than on AVX2).
 """
 
 import os

@@ -23,7 +23,7 @@ from collections import Counter, defaultdict
 import backends
 import pytest
 
-TIME_LIMIT = 900  # seconds until a worker is taken for hung: packaging tests compile everything, beside another worker
+TIME_LIMIT = 900  # seconds that a test may take until its worker is taken for hung: a packaging test compiles for minutes
 
 
 class Sender:

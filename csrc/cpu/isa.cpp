@@ -20,17 +20,25 @@
 #include "cpu/row_kernels.h"
 #include "cpu/tuning.h"
 
+// What CMake was asked for (NORMEXT_CPU_ISAS), where the compiler's target has it.
+#if defined(__x86_64__) && defined(NORMEXT_CPU_AVX2)
+#define HAS_AVX2 1
+#endif
+#if defined(__x86_64__) && defined(NORMEXT_CPU_AVX512)
+#define HAS_AVX512 1
+#endif
+
 namespace normext {
 
 namespace scalar {
 extern const cpu::IsaKernels kKernels;
 }
-#if defined(NORMEXT_CPU_AVX2)
+#if HAS_AVX2
 namespace avx2 {
 extern const cpu::IsaKernels kKernels;
 }
 #endif
-#if defined(NORMEXT_CPU_AVX512)
+#if HAS_AVX512
 namespace avx512 {
 extern const cpu::IsaKernels kKernels;
 }
@@ -44,7 +52,7 @@ extern const cpu::IsaKernels kKernels;
 namespace cpu {
 namespace {
 
-#if defined(NORMEXT_CPU_AVX512)
+#if HAS_AVX512
 // The same kernels, allowed the instruction.
 const IsaKernels& avx512_bf16_kernels() {
   static const IsaKernels found = [] {
@@ -59,15 +67,14 @@ const IsaKernels& avx512_bf16_kernels() {
 
 std::vector<const IsaKernels*> available_kernels() {
   std::vector<const IsaKernels*> list = {&scalar::kKernels};
-#if defined(__x86_64__)
+#if HAS_AVX2 || HAS_AVX512
   __builtin_cpu_init();
-  [[maybe_unused]] const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
-#if defined(NORMEXT_CPU_AVX2)
+#if HAS_AVX2
   if (has_avx2) list.push_back(&avx2::kKernels);
 #endif
-#if defined(NORMEXT_CPU_AVX512)
+#if HAS_AVX512
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     list.push_back(&avx512::kKernels);

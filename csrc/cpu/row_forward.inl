@@ -140,6 +140,17 @@ void forward_rows(const RowForwardArgs& args, const cpu::ForwardPlan& plan, std:
   if (stream) stream_fence();
 }
 
+// Moments of segments [begin, end), counted from row `first_row` on.
+template <class Policy, class T, bool kResidual>
+__attribute__((noinline)) void moments_of_segments(const RowForwardArgs& args, std::int64_t first_row, std::int64_t begin,
+                                                   std::int64_t end, Moments<Accumulate<T>>* moments) {
+  const std::int64_t segments = segments_of(args.cols);
+  for (std::int64_t task = begin; task < end; ++task) {
+    const RowSource<T, kResidual> row(args, first_row + task / segments);
+    moments[task] = segment_moments<Policy>(row, task % segments, args.cols);
+  }
+}
+
 // Rows that several threads share: moments of all segments, then, after every row is merged, the output.
 template <class Policy, class T, class P, class O, int kMode>
 void forward_segments(const RowForwardArgs& args, const cpu::ForwardPlan& plan, std::int64_t first_row, std::int64_t rows) {
@@ -150,12 +161,8 @@ void forward_segments(const RowForwardArgs& args, const cpu::ForwardPlan& plan, 
   A* terms = reinterpret_cast<A*>(moments + rows * segments);
   Row* merged = reinterpret_cast<Row*>(terms + segments);
   for_ranges(plan.parallel, rows * segments, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t task = begin; task < end; ++task) {
-      const std::int64_t row = first_row + task / segments;
-      moments[task] = args.residual != nullptr
-                          ? segment_moments<Policy>(RowSource<T, true>(args, row), task % segments, args.cols)
-                          : segment_moments<Policy>(RowSource<T, false>(args, row), task % segments, args.cols);
-    }
+    if (args.residual != nullptr) moments_of_segments<Policy, T, true>(args, first_row, begin, end, moments);
+    else moments_of_segments<Policy, T, false>(args, first_row, begin, end, moments);
   });
   for (std::int64_t r = 0; r < rows; ++r) {
     merged[r] = finish_row<Policy>(moments + r * segments, args.cols, static_cast<A>(args.eps), terms);
