@@ -58,10 +58,23 @@ ChannelShape seen_by_kernels(ChannelShape shape) {
 // Length of equal pieces of at most `most` values of n; whole multiples of `unit`.
 std::int64_t piece_of(std::int64_t n, std::int64_t most, std::int64_t unit) { return over(over(n, over(n, most)), unit) * unit; }
 
+// Several runs are up to a quarter longer or shorter if that leaves fewer rows to the busiest of two and of four threads [Zen 4, two
+// threads: GroupNorm float32 1x640x32x32 90.6 -> 85.0 us; BatchNorm float32 8x2048x7x7 164 -> 149, with gradients 508 -> 458; eight
+// shapes of the grid in both dtypes 3 %].
 std::int64_t run_rows(const ChannelShape& shape, DType dtype) {
-  const std::int64_t row_bytes = shape.channels * static_cast<std::int64_t>(size_of(dtype));
+  const std::int64_t rows = shape.spatial, row_bytes = shape.channels * static_cast<std::int64_t>(size_of(dtype));
   const std::int64_t fit = std::clamp(kRunBytes / row_bytes, kLeastRun, kMostRun);
-  return piece_of(shape.spatial, std::clamp(shape.spatial / kRunsOfImage, kLeastRun, fit), kRowGroup);
+  const std::int64_t usual = piece_of(rows, std::clamp(rows / kRunsOfImage, kLeastRun, fit), kRowGroup);
+  if (usual >= rows) return usual;
+  const auto busiest = [&](std::int64_t run) {
+    const std::int64_t runs = over(rows, run);
+    return (over(runs, 2) + over(runs, 4)) * run;
+  };
+  std::int64_t best = usual;
+  for (std::int64_t run = over(3 * usual, 4 * kRowGroup) * kRowGroup; run <= std::min(5 * usual / 4, kMostRun); run += kRowGroup) {
+    if (busiest(run) < busiest(best)) best = run;
+  }
+  return best;
 }
 
 // Lays arrays of `counts` values out one after the other, each on a cache line; returns the bytes up to the last. Without a base
