@@ -58,9 +58,9 @@ ChannelShape seen_by_kernels(ChannelShape shape) {
 // Length of equal pieces of at most `most` values of n; whole multiples of `unit`.
 std::int64_t piece_of(std::int64_t n, std::int64_t most, std::int64_t unit) { return over(over(n, over(n, most)), unit) * unit; }
 
-// Several runs are up to a quarter longer or shorter if that leaves fewer rows to the busiest of two and of four threads [Zen 4, two
-// threads: GroupNorm float32 1x640x32x32 90.6 -> 85.0 us; BatchNorm float32 8x2048x7x7 164 -> 149, with gradients 508 -> 458; eight
-// shapes of the grid in both dtypes 3 %].
+// Several runs are up to a quarter longer or shorter if that leaves fewer rows to the busiest of two and of four threads [Zen 4,
+// two threads: GroupNorm float32 1x640x32x32 90.6 -> 85.0 us; BatchNorm float32 8x2048x7x7 164 -> 149, with gradients 508 -> 458;
+// eight shapes of the grid in both dtypes 3 %].
 std::int64_t run_rows(const ChannelShape& shape, DType dtype) {
   const std::int64_t rows = shape.spatial, row_bytes = shape.channels * static_cast<std::int64_t>(size_of(dtype));
   const std::int64_t fit = std::clamp(kRunBytes / row_bytes, kLeastRun, kMostRun);
