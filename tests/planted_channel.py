@@ -101,8 +101,8 @@ MUTANTS = (
     Mutant(
         "runs of an image depend on the batch",
         "csrc/cpu/channel_norm.cpp",
-        "std::clamp(shape.spatial / kRunsOfImage,",
-        "std::clamp(shape.batch * shape.spatial / kRunsOfImage,",
+        "std::clamp(rows / kRunsOfImage,",
+        "std::clamp(shape.batch * rows / kRunsOfImage,",
         "avx2",
         CHANNEL_INVARIANCE,
     ),
