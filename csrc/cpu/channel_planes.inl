@@ -131,6 +131,9 @@ struct PlanesForward {
   // Output values [begin, end).
   __attribute__((noinline)) void apply(std::int64_t begin, std::int64_t end) const {
     const Parameter<T> weight = weight_of<T>(args), bias = bias_of<T>(args);
+    // Given statistics and no activation, wider types wait for memory alone, which is faster a unit at a time [Zen 4, us:
+    // 8x64x112x112 939 -> 841, 8x256x56x56 1324 -> 1253; after statistics up to 4 % slower, with an activation up to 10 %].
+    const bool single = args.given_stats && !kFused && sizeof(T) > 2;
     PlaneCursor at_plane(shape, begin / shape.spatial);
     std::int64_t offset = begin % shape.spatial;
     for (; begin < end; at_plane.next(), offset = 0) {
@@ -140,7 +143,7 @@ struct PlanesForward {
       const T* residual = at(static_cast<const T*>(args.residual), begin);
       T* y = static_cast<T*>(args.output) + begin;
       std::int64_t i = 0;
-      for (; n - i >= 2 * kUnit<A>; i += 2 * kUnit<A>) {
+      for (; !single && n - i >= 2 * kUnit<A>; i += 2 * kUnit<A>) {
         apply_units<T, kFused, 2>(args.activation, x + i, at(residual, i), y + i, affine, Whole{});
       }
       for_output_units<A>(i, n, [&](std::int64_t u, auto extent) __attribute__((always_inline)) {
