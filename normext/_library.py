@@ -318,7 +318,13 @@ def register_fakes(**fakes: Callable[..., Any]) -> None:
         torch.library.register_fake(f"normext::{name}", fake)
 
 
-def register_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+def register_autograd(name: str, function: type[torch.autograd.Function], setup_context: Callable[..., Any]) -> None:
+    """The gradient of an op whose first arguments are the function's; those that need no gradient are more than the function's."""
+
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
+        found: tuple[Any, ...] = function.backward(ctx, *grad_outputs)
+        return found + (None,) * (len(ctx.needs_input_grad) - len(found))
+
     torch.library.register_autograd(f"normext::{name}", backward, setup_context=setup_context)
 
 

@@ -198,11 +198,7 @@ def _setup_export(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     _save_for_backward(ctx, input, output[1], residual, weight, bias, activation)
 
 
-def _backward_export(ctx: Any, grad_output: Tensor, grad_stats: Tensor) -> tuple[Any, ...]:
-    return *_BatchNorm.backward(ctx, grad_output)[:4], None, None, None, None
-
-
-_library.register_autograd("batch_norm_export", _backward_export, _setup_export)
+_library.register_autograd("batch_norm_export", _BatchNorm, _setup_export)
 
 
 def batch_norm(

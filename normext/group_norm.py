@@ -137,11 +137,7 @@ def _setup_export(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     _save_for_backward(ctx, input, output[1], weight, bias, activation)
 
 
-def _backward_export(ctx: Any, grad_output: Tensor, grad_stats: Tensor) -> tuple[Any, ...]:
-    return *_GroupNorm.backward(ctx, grad_output)[:3], None, None, None
-
-
-_library.register_autograd("group_norm_export", _backward_export, _setup_export)
+_library.register_autograd("group_norm_export", _GroupNorm, _setup_export)
 
 
 def group_norm(

@@ -94,7 +94,7 @@ class _LayerNorm(torch.autograd.Function):
         ctx.arguments = arguments
         if residual is None:
             forward = _forward.overload if is_dynamo_compiling() else _forward.direct
-            output, stats = forward(input, weight, bias, arguments[0], arguments[1])
+            output, stats = forward(input, weight, bias, *arguments[:2])
             _save_for_backward(ctx, input, stats, weight, bias)
             return output
         forward = _add_forward.overload if is_dynamo_compiling() else _add_forward.direct
@@ -142,12 +142,8 @@ def _setup_export(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     _save_for_backward(ctx, input if residual is None else summed, stats, weight, bias)
 
 
-def _backward_export(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-    return *_LayerNorm.backward(ctx, *gradients)[:4], None, None, None
-
-
 # Programs that torch.export wrote are trained through this op: only there does an op carry its gradient itself [7-10 us a call].
-_library.register_autograd("layer_norm_export", _backward_export, _setup_export)
+_library.register_autograd("layer_norm_export", _LayerNorm, _setup_export)
 
 
 def layer_norm(

@@ -152,12 +152,8 @@ def _setup_export(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.save_for_backward(input if residual is None else summed, stats, weight)
 
 
-def _backward_export(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-    return *_RMSNorm.backward(ctx, *gradients)[:3], None, None, None, None
-
-
 # Programs that torch.export wrote are trained through this op: only there does an op carry its gradient itself [7-10 us a call].
-_library.register_autograd("rms_norm_export", _backward_export, _setup_export)
+_library.register_autograd("rms_norm_export", _RMSNorm, _setup_export)
 
 
 def rms_norm(
