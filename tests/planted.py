@@ -47,7 +47,7 @@ MUTANTS = (
         ACCURACY,
     ),
     Mutant("low part of the mean dropped", FORWARD, "= stats.lo;", "= A(0);", "emulated", (*ACCURACY, "-k", "mean")),
-    Mutant("eps dropped", SUMS, "get(s).sum_x2; }), cols, eps);", "get(s).sum_x2; }), cols, A(0));", "emulated", ACCURACY),
+    Mutant("eps dropped", SUMS, "segment.sum_x2; }), cols, eps);", "segment.sum_x2; }), cols, A(0));", "emulated", ACCURACY),
     Mutant("eps outside the root", SUMS, "merged, m2, cols, eps);", "merged, m2, cols, eps * eps);", "emulated", ACCURACY),
     Mutant(
         "unbiased variance",
@@ -156,8 +156,8 @@ MUTANTS = (
     Mutant(
         "row offset in 32 bits",
         "csrc/core/views.h",
-        "if (dims == 1) return row * stride[0];",
-        "if (dims == 1) return static_cast<std::int32_t>(row * stride[0]);",
+        "return inner + row * stride[dims - 1];",
+        "return inner + static_cast<std::int32_t>(row * stride[dims - 1]);",
         "avx2",
         LAYOUTS,
     ),

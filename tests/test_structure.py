@@ -20,7 +20,7 @@ NORMS = ("layer_norm", "rms_norm")
 CONFINED = {
     r"#\s*include\s*[<\"](torch|ATen|c10)/": ("ops/",),
     r"__CUDACC__|__NVCC__": ("core/portable.h",),
-    r"__CUDA_ARCH__": ("cuda/intrinsics.cuh",),
+    r"__CUDA_ARCH__": ("cuda/intrinsics.cuh", "core/portable.h"),
     r"\basm\b": ("cuda/intrinsics.cuh", "cpu/vector.h"),
     r"<<<|cudaLaunch\w+": ("cuda/launch.cuh",),
     r"\b__shfl|\b__syncwarp|\b__syncthreads|\b__ldg|\bcp\.async": ("cuda/intrinsics.cuh",),

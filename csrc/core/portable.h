@@ -11,6 +11,15 @@
 // translation units that are compiled for different instruction sets.
 #define NORMEXT_INLINE NORMEXT_HOST_DEVICE inline __attribute__((always_inline))
 
+// Before a loop: as written, not unrolled. nvcc's pass for the host knows neither pragma.
+#if defined(__CUDA_ARCH__) || defined(__clang__)
+#define NORMEXT_NO_UNROLL _Pragma("unroll 1")
+#elif defined(__CUDACC__)
+#define NORMEXT_NO_UNROLL
+#else
+#define NORMEXT_NO_UNROLL _Pragma("GCC unroll 1")
+#endif
+
 // Code that is compiled once per instruction set lives in `normext::<NORMEXT_ISA>`.
 // CPU translation units define it (scalar, avx2, avx512, neon); everything else is `generic`.
 #if !defined(NORMEXT_ISA)

@@ -21,11 +21,11 @@ struct RowTree {
   int lanes;              // 32, or 8 or 16 for rows of at most 8 or 16 vectors
   int slots;              // vectors per lane and segment
 
-  NORMEXT_HOST_DEVICE constexpr std::int64_t segment_cols() const { return static_cast<std::int64_t>(vector) * lanes * slots; }
+  NORMEXT_HOST_DEVICE constexpr int segment_cols() const { return vector * lanes * slots; }
   // Columns of segment s that exist.
-  NORMEXT_HOST_DEVICE constexpr std::int64_t count(std::int64_t s) const {
+  NORMEXT_HOST_DEVICE constexpr int count(std::int64_t s) const {
     const std::int64_t left = cols - s * segment_cols();
-    return left <= 0 ? 0 : (left < segment_cols() ? left : segment_cols());
+    return left <= 0 ? 0 : (left < segment_cols() ? static_cast<int>(left) : segment_cols());
   }
 };
 

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kLastThreads, 1)
     const ChannelLanes<T, V, kFused> own(params, lane);
     for (std::int64_t chunk = lane.row; chunk < lane.end; chunk += kThreadRows * plan.row_lanes) {
       A sums[2 * V] = {};
-#pragma unroll 1
+      NORMEXT_NO_UNROLL
       for (int k = 0; k < kThreadRows / kGradRows; ++k) {
         const std::int64_t row = chunk + k * kGradRows * plan.row_lanes;
         GradLanes<T, V> rows;

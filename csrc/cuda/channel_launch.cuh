@@ -18,15 +18,6 @@ void visit_vector(int vector, F&& f) {
   f(std::integral_constant<int, V>{});
 }
 
-template <class F>
-void visit_bool(bool value, F&& f) {
-  if (value) {
-    f(std::true_type{});
-  } else {
-    f(std::false_type{});
-  }
-}
-
 // Whether vectors of `vector` elements of `dtype` may be moved at once to or from each of the arrays; null ones do not matter.
 template <class... P>
 bool all_aligned(int vector, DType dtype, const P*... p) {

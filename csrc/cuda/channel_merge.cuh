@@ -62,7 +62,7 @@ __device__ __forceinline__ Counted<A> select(bool first, const Counted<A>& a, co
 // Merges one per lane, neighbours first; every lane of the warp must call it and gets the result.
 template <class A>
 __device__ __forceinline__ Counted<A> merge_lanes(Counted<A> own) {
-#pragma unroll
+  NORMEXT_NO_UNROLL
   for (int mask = 1; mask <= 16; mask *= 2) {
     const Counted<A> other = {
         {shuffle_xor(own.moments.mean, mask), shuffle_xor(own.moments.correction, mask), shuffle_xor(own.moments.m2, mask)},
@@ -85,6 +85,7 @@ __device__ __forceinline__ void put_moments(A* table, std::int64_t entries, std:
 template <class A, class Count>
 __device__ __forceinline__ Counted<A> merge_table(const A* table, std::int64_t entries, Count count) {
   MergeSequence<A> sequence;
+  NORMEXT_NO_UNROLL
   for (std::int64_t e = lane_id(); e < entries; e += kWarpSize) {
     sequence.push({{table[e], table[entries + e], table[2 * entries + e]}, static_cast<A>(count(e))});
   }

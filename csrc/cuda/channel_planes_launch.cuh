@@ -19,7 +19,7 @@ inline std::size_t planes_workspace(const ChannelForwardArgs& args, int device) 
   return static_cast<std::size_t>(plan.slabs * 3 * plan.segments) * accumulate_size_of(args.dtype);
 }
 
-template <class T, int V, bool kFused>
+template <class T, int V>
 void launch_resident(const PlanesForwardParams<Accumulate<T>>& params, void* stream) {
   const ResidentPlan& m = params.resident;
   LaunchShape shape;
@@ -28,7 +28,7 @@ void launch_resident(const PlanesForwardParams<Accumulate<T>>& params, void* str
   shape.smem = static_cast<std::size_t>(m.teams * m.team_bytes(params.plan, sizeof(T), sizeof(Accumulate<T>)));
   shape.cluster = m.blocks;
   shape.dependent = dependent_launch();
-  launch(planes_resident_kernel<T, V, kFused>, shape, stream, params);
+  launch(planes_resident_kernel<T, V>, shape, stream, params);
 }
 
 template <class T, int V>
@@ -43,10 +43,10 @@ void launch_planes(const PlanesForwardParams<Accumulate<T>>& params, void* strea
     launch_channel(planes_moments_kernel<T, V>, plan.blocks(), threads, table, stream, params);
   }
   if (args.output == nullptr) return;
+  if (resident) return launch_resident<T, V>(params, stream);
   visit_bool(args.residual != nullptr || args.activation != Activation::kNone, [&](auto fused) {
-    constexpr bool kFused = decltype(fused)::value;
-    if (resident) return launch_resident<T, V, kFused>(params, stream);
-    launch_channel(planes_apply_kernel<T, V, kFused>, plan.blocks(), threads, plan.teams * 3 * sizeof(A), stream, params);
+    launch_channel(planes_apply_kernel<T, V, decltype(fused)::value>, plan.blocks(), threads, plan.teams * 3 * sizeof(A), stream,
+                   params);
   });
 }
 

@@ -5,14 +5,15 @@
 // pieces of a segment and tell every block of the cluster; after a barrier each warp merges all segments and applies the result to
 // its own pieces. The order of every sum is that of channel_planes.cuh, and so are the bits. A warp reads from shared memory only
 // what it wrote. All input is read before any output is written, but for the residual, which is read by the lanes that write the
-// same elements. Chosen where slabs fit and fill the device (resident_plan). Does not do: given statistics, statistics alone.
+// same elements. Compiled once for plain and fused calls: statistics take as many registers. Chosen where slabs fit and fill the
+// device (resident_plan). Does not do: given statistics, statistics alone.
 #pragma once
 
 #include "cuda/channel_planes.cuh"
 
 namespace normext::cuda {
 
-template <class T, int V, bool kFused>
+template <class T, int V>
 __device__ __forceinline__ void apply_resident(const PlanesForwardParams<Accumulate<T>>& params, std::int64_t slab,
                                                std::int64_t begin, const T* cache, const CentredRow<Accumulate<T>>& row) {
   constexpr int kSlots = kSlotsOf<kApplyPiece, V>;
@@ -20,25 +21,26 @@ __device__ __forceinline__ void apply_resident(const PlanesForwardParams<Accumul
   const PlanesPlan& plan = params.plan;
   const PlanePiece<V> piece(plan, slab, begin, kApplyPiece);
   Tile<T, V, kSlots> x, residual;
-  if (kFused && args.residual != nullptr) piece.load(residual, args.residual, params.input_aligned);
+  if (args.residual != nullptr) piece.load(residual, args.residual, params.input_aligned);
   x.load(cache, piece.columns(), true);
   const std::int64_t channel = slab * plan.slab_step % plan.channels;
 #pragma unroll
   for (int s = 0; s < kSlots; ++s) {
     if (!piece.owns(s)) continue;
-    apply_plane<kFused>(x.slot[s], residual.slot[s], params, row, channel + piece.place(s).plane * plan.channel_step);
+    apply_plane<true>(x.slot[s], residual.slot[s], params, row, channel + piece.place(s).plane * plan.channel_step);
   }
   piece.store(x, args.output, params.output_aligned);
 }
 
-template <class T, int V, bool kFused>
+template <class T, int V>
 __global__ void __launch_bounds__(kTeamWarps * 32, 1)
     planes_resident_kernel(const __grid_constant__ PlanesForwardParams<Accumulate<T>> params) {
   using A = Accumulate<T>;
   const PlanesPlan& plan = params.plan;
   const ResidentPlan& resident = params.resident;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize % resident.warps;
-  const int team = static_cast<int>(threadIdx.x) / kWarpSize / resident.warps;
+  const int of_block = warp_id();
+  const int team = of_block / resident.warps;
+  const int warp = of_block % resident.warps;
   const std::int64_t slab = static_cast<std::int64_t>(blockIdx.x) / resident.blocks * resident.teams + team;
   const bool active = slab < plan.slabs;
   const int room = static_cast<int>(plan.pieces(kPiece));
@@ -85,10 +87,10 @@ __global__ void __launch_bounds__(kTeamWarps * 32, 1)
     stats.save(static_cast<A*>(params.args.stats), static_cast<A*>(params.args.moments), plan.slabs, slab);
   }
   for (int p = warp; p < segments * room; p += resident.warps) {
-#pragma unroll 1
+    NORMEXT_NO_UNROLL
     for (int part = 0; part < kPiece; part += kApplyPiece) {
-      apply_resident<T, V, kFused>(params, slab, (first * room + p) * kPiece + part,
-                                   cache + static_cast<std::int64_t>(p) * kPiece + part, stats.row);
+      apply_resident<T, V>(params, slab, (first * room + p) * kPiece + part, cache + static_cast<std::int64_t>(p) * kPiece + part,
+                           stats.row);
     }
   }
   launch_dependents();

@@ -21,11 +21,12 @@ __global__ void __launch_bounds__(kFinaliseWarps * 32, 1)
   const std::int64_t slab = blockIdx.x;
   const std::int64_t entries = params.runs * params.group_channels;
   const A* table = params.partials + slab * 3 * entries;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int warp = warp_id();
   const int warps = static_cast<int>(blockDim.x) / kWarpSize;
 
   dependency_wait();
   MergeSequence<A> sequence;
+  NORMEXT_NO_UNROLL
   for (std::int64_t e = threadIdx.x; e < entries; e += blockDim.x) {
     const std::int64_t begin = (params.group_channels == 1 ? e : e / params.group_channels) * params.run_rows;
     const std::int64_t rest = params.rows - begin;
@@ -124,7 +125,7 @@ constexpr int kMeansLevels = 6;  // up to 2^35 partial sums in a group
 template <class A>
 __global__ void __launch_bounds__(kMeansWarps * 32, 1) slab_means_kernel(const __grid_constant__ GradSumsParams<A> params) {
   const ChannelShape& shape = params.shape;
-  const std::int64_t slab = static_cast<std::int64_t>(blockIdx.x) * kMeansWarps + threadIdx.x / kWarpSize;
+  const std::int64_t slab = static_cast<std::int64_t>(blockIdx.x) * kMeansWarps + warp_id();
   const std::int64_t slabs = shape.batch * shape.groups;
   const std::int64_t each = shape.channels / shape.groups;
   const std::int64_t image = slab / shape.groups;

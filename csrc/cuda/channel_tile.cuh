@@ -14,8 +14,9 @@ struct Team {
   bool active;
 
   __device__ __forceinline__ explicit Team(const PlanesPlan& plan) {
-    index = static_cast<int>(threadIdx.x) / kWarpSize / plan.warps;
-    warp = static_cast<int>(threadIdx.x) / kWarpSize % plan.warps;
+    const int of_block = warp_id();
+    index = of_block / plan.warps;
+    warp = of_block % plan.warps;
     const std::int64_t unit = static_cast<std::int64_t>(blockIdx.x) * plan.teams + index;
     slab = plan.segments == 1 ? unit : unit / plan.segments;
     segment = unit - slab * plan.segments;

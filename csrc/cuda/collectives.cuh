@@ -42,6 +42,7 @@ template <int kLevels, class A, class Term>
 __device__ __forceinline__ A warp_pairwise(std::int64_t count, Term term) {
   A level[kLevels] = {};
   A block = A(0);
+  NORMEXT_NO_UNROLL
   for (std::int64_t first = 0; first < count; first += 32) {
     const std::int64_t i = first + lane_id();
     block = neighbours_sum(i < count ? term(i) : A(0));
@@ -91,33 +92,30 @@ struct SegmentStats<Norm, A, false> {
   __device__ __forceinline__ static SegmentStats get(const A* table, std::int64_t, std::int64_t s) { return {table[s]}; }
 };
 
-// merge_all of norms/stats.h. sum(term) adds term(s) over all segments s, pairwise in index order.
-template <class Norm, class A, class Get, class Sum>
-__device__ __forceinline__ typename Norm::template Row<A> merge_segments(const RowTree& tree, A eps, Get get, Sum sum) {
+// merge_all of norms/stats.h: sums over all segments pairwise in index order, by one whole warp; every lane gets the row. From a
+// table in shared or global memory, or from `only` where there is one segment.
+template <class Norm, int kLevels, class A>
+__device__ __forceinline__ typename Norm::template Row<A> merge_segments(const RowTree& tree, A eps, bool single,
+                                                                         const SegmentStats<Norm, A>& only, const A* table) {
+  using Stats = SegmentStats<Norm, A>;
   const A cols = static_cast<A>(tree.cols);
+  const auto sum = [&](auto term) {
+    if (single) return term(only, 0);
+    return warp_pairwise<kLevels, A>(tree.segments, [&](std::int64_t s) { return term(Stats::get(table, tree.segments, s), s); });
+  };
   if constexpr (Norm::kCentred) {
-    const A pivot = get(0).moments.mean;
-    const A merged =
-        sum([&](std::int64_t s) { return static_cast<A>(tree.count(s)) * relative_mean(get(s).moments, pivot); }) / cols;
-    const A m2 = sum([&](std::int64_t s) { return centred_square(get(s).moments, static_cast<A>(tree.count(s)), pivot, merged); });
+    const A pivot = single ? only.moments.mean : table[0];
+    const A merged = sum([&](const Stats& segment, std::int64_t s) {
+                       return static_cast<A>(tree.count(s)) * relative_mean(segment.moments, pivot);
+                     }) /
+                     cols;
+    const A m2 = sum([&](const Stats& segment, std::int64_t s) {
+      return centred_square(segment.moments, static_cast<A>(tree.count(s)), pivot, merged);
+    });
     return finish_centred(pivot, merged, m2, cols, eps);
   } else {
-    return Norm::finish(sum([&](std::int64_t s) { return get(s).sum_x2; }), cols, eps);
+    return Norm::finish(sum([](const Stats& segment, std::int64_t) { return segment.sum_x2; }), cols, eps);
   }
-}
-
-// The same from a table in shared or global memory, by one whole warp; every lane gets the row.
-template <class Norm, int kLevels, class A>
-__device__ __forceinline__ typename Norm::template Row<A> merge_table(const A* table, const RowTree& tree, A eps) {
-  return merge_segments<Norm>(
-      tree, eps, [&](std::int64_t s) { return SegmentStats<Norm, A>::get(table, tree.segments, s); },
-      [&](auto term) { return warp_pairwise<kLevels, A>(tree.segments, term); });
-}
-
-// The same for a row of one segment, from registers.
-template <class Norm, class A>
-__device__ __forceinline__ typename Norm::template Row<A> merge_single(SegmentStats<Norm, A> only, const RowTree& tree, A eps) {
-  return merge_segments<Norm>(tree, eps, [&](std::int64_t) { return only; }, [&](auto term) { return term(0); });
 }
 
 }  // namespace normext::cuda

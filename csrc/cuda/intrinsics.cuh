@@ -78,6 +78,8 @@ __device__ __forceinline__ double to_accumulate(double x) { return x; }
 
 #if defined(NORMEXT_SIMT)
 
+__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+
 __device__ __forceinline__ unsigned cluster_rank() { return ::simt::cluster_rank(); }
 __device__ __forceinline__ unsigned cluster_size() { return ::simt::cluster_size(); }
 __device__ __forceinline__ void cluster_arrive() { ::simt::cluster_arrive(); }
@@ -125,6 +127,10 @@ __device__ __forceinline__ T from_accumulate(A x) {
 }
 
 #else
+
+// Of the block. All 32 lanes must ask. By shuffle, so that the compiler knows that a warp agrees on it: without, every shuffle in a
+// loop over segments gets a second version of itself for divided warps [row_wide_kernel: 3064 -> 2528 instructions].
+__device__ __forceinline__ int warp_id() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpSize, 0); }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 

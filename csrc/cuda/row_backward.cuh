@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
   const BackwardShared<A> shared(tree, mapping);
 
   const int lane = static_cast<int>(lane_id()) % tree.lanes;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int warp = warp_id();
   const int team = several ? warp / mapping.warps : static_cast<int>(threadIdx.x) / tree.lanes;
   const std::int64_t part = blockIdx.x % mapping.blocks_per_row;
   const std::int64_t run = blockIdx.x / mapping.blocks_per_row;

@@ -28,16 +28,17 @@ struct RowForwardParams {
   bool output_aligned;     // output and residual_out
   bool param_aligned;      // weight and bias
   bool float_output;       // the output is float32 while T is a 16-bit type
+  bool float_params;       // weight and bias are
   bool statistics, apply;  // row_wide.cuh: which of its two phases this launch runs
 };
 
-// Loads this lane's columns of x; with a residual, adds it and stores the sum.
-template <class T, int V, int kSlots, bool kResidual, class A>
-__device__ __forceinline__ void load_rows(Tile<T, V, kSlots>& x, const RowForwardParams<A>& params, std::int64_t row,
+// Loads this lane's columns of x, or of its sum with the residual.
+template <class T, int V, int kSlots, class A>
+__device__ __forceinline__ void load_rows(Tile<T, V, kSlots>& x, const RowForwardParams<A>& params, bool residual, std::int64_t row,
                                           const LaneColumns<V>& columns) {
   const RowForwardArgs& args = params.args;
   x.load(static_cast<const T*>(args.input) + args.input_layout.offset(row), columns, params.input_aligned);
-  if constexpr (kResidual) {
+  if (residual) {
     Tile<T, V, kSlots> r;
     r.load(static_cast<const T*>(args.residual) + args.residual_layout.offset(row), columns, params.input_aligned);
 #pragma unroll
@@ -99,8 +100,8 @@ __device__ __forceinline__ SegmentStats<Norm, A> segment_stats(Tile<T, V, kSlots
 }
 
 // y of one slot, with the rounding policy.
-template <class Norm, class T, class P, int V, class A = Accumulate<T>>
-__device__ __forceinline__ void apply_slot(const Columns<T, V>& x, const Columns<P, V>& weight, const Columns<P, V>& bias,
+template <class Norm, class T, class Weights, int V, class A = Accumulate<T>>
+__device__ __forceinline__ void apply_slot(const Columns<T, V>& x, const Weights& weight, const Weights& bias,
                                            const RowForwardParams<A>& params, const typename Norm::template Row<A>& row,
                                            A (&y)[V]) {
 #pragma unroll
@@ -115,10 +116,16 @@ __device__ __forceinline__ void apply_slot(const Columns<T, V>& x, const Columns
   }
 }
 
+// P of kernels that are compiled once for parameters of T and of float32 with 16-bit input: they never hold any before the
+// reduction, so that the type, known at run time, costs a branch and no registers.
+template <class T>
+using EitherParam = std::conditional_t<sizeof(T) == 2, void, T>;
+
 // Weight and bias of the columns a lane owns. They are loaded before the reduction where there are registers for them, else slot by
 // slot when they are used (from L1 or L2: all rows share them).
 template <class Norm, class T, class P, int V, int kSlots, bool kEarly>
 struct Params {
+  using Value = Columns<P, V>;
   static constexpr int kRegisters = (Norm::kCentred ? 2 : 1) * kSlots * V * sizeof(P) / 4 + kSlots * (V * sizeof(T) + 3) / 4;
   static constexpr bool kHoist = kEarly && V > 1 && kRegisters <= (sizeof(T) < sizeof(P) && V < 8 ? 72 : 96);
   Tile<P, V, kHoist ? kSlots : 1> weight;
@@ -140,8 +147,8 @@ struct Params {
     }
   }
   template <class A>
-  __device__ __forceinline__ void get(const RowForwardParams<A>& params, const LaneColumns<V>& columns, int s, Columns<P, V>& w,
-                                      Columns<P, V>& b) const {
+  __device__ __forceinline__ void get(const RowForwardParams<A>& params, const LaneColumns<V>& columns, int s, Value& w,
+                                      Value& b) const {
     if constexpr (kHoist) {
       w = weight.slot[s];
       if constexpr (Norm::kCentred) b = bias.slot[s];
@@ -157,6 +164,38 @@ struct Params {
   }
 };
 
+template <class Norm, class T, int V, int kSlots, bool kEarly>
+struct Params<Norm, T, void, V, kSlots, kEarly> {
+  using Value = Columns<float, V>;
+  using Launch = RowForwardParams<float>;
+
+  __device__ __forceinline__ void prefetch(const Launch&, const LaneColumns<V>&) {}
+  __device__ __forceinline__ void forget() {}
+  __device__ __forceinline__ void get(const Launch& params, const LaneColumns<V>& columns, int s, Value& w, Value& b) const {
+    if (!columns.owns(s)) return;
+    const std::int64_t column = columns.first + columns.offset(s);
+    w = load(params, params.args.weight, column, 1.0f);
+    if constexpr (Norm::kCentred) b = load(params, params.args.bias, column, 0.0f);
+  }
+
+ private:
+  __device__ __forceinline__ static Value load(const Launch& params, const void* p, std::int64_t column, float absent) {
+    Value out;
+    if (p == nullptr) {
+      out.fill(absent);
+    } else if (params.float_params) {
+      out = load_param<float, V>(static_cast<const float*>(p) + column, params.param_aligned, absent);
+    } else {
+      const auto narrow = load_param<T, V>(static_cast<const T*>(p) + column, params.param_aligned, absent);
+      float values[V];
+#pragma unroll
+      for (int i = 0; i < V; ++i) values[i] = narrow[i];
+      out.assign(values);
+    }
+    return out;
+  }
+};
+
 // Replaces x by y and stores it: as T, or as float32 where the output of a 16-bit norm is.
 template <class Norm, class P, bool kEarly, class T, int V, int kSlots, class A>
 __device__ __forceinline__ void apply_and_store(Tile<T, V, kSlots>& x, Params<Norm, T, P, V, kSlots, kEarly>& weights,
@@ -167,11 +206,10 @@ __device__ __forceinline__ void apply_and_store(Tile<T, V, kSlots>& x, Params<No
   weights.forget();
 #pragma unroll
   for (int s = 0; s < kSlots; ++s) {
-    Columns<P, V> weight;
-    Columns<P, V> bias;
+    typename Params<Norm, T, P, V, kSlots, kEarly>::Value weight, bias;
     weights.get(params, columns, s, weight, bias);
     A y[V];
-    apply_slot<Norm, T, P, V>(x.slot[s], weight, bias, params, row, y);
+    apply_slot<Norm, T>(x.slot[s], weight, bias, params, row, y);
     if (wide && columns.owns(s)) {
       Columns<float, V> out;
       out.assign(y);
@@ -212,7 +250,7 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
 
   // Who: lane `lane` of the lanes that share a row, in team `team` of the block, on segment `segment`.
   const int lane = static_cast<int>(lane_id()) % tree.lanes;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int warp = warp_id();
   const int team = several ? warp / mapping.warps : static_cast<int>(threadIdx.x) / tree.lanes;
   const std::int64_t block = blockIdx.x / mapping.blocks_per_row;
   const std::int64_t segment = several ? static_cast<std::int64_t>(cluster_rank()) * mapping.warps + warp % mapping.warps : 0;
@@ -227,17 +265,14 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
   dependency_wait();
 
   Tile<T, V, kSlots> x;
-  if (active) load_rows<T, V, kSlots, kResidual>(x, params, row, columns);
+  if (active) load_rows(x, params, kResidual, row, columns);
   if constexpr (kResidual) weights.prefetch(params, columns);  // after the sum: the registers of the residual are free again
 
   const A count = static_cast<A>(active ? tree.count(segment) : 0);
   const Stats own = segment_stats<Norm>(x, columns, tree.lanes, count);
 
-  typename Norm::template Row<A> stats;
-  if (!several) {
-    stats = merge_single<Norm>(own, tree, params.eps);
-  } else {
-    A* table = reinterpret_cast<A*>(dynamic_smem()) + team * Stats::kValues * tree.segments;
+  A* table = reinterpret_cast<A*>(dynamic_smem()) + team * Stats::kValues * tree.segments;
+  if (several) {
     if (mapping.blocks_per_row == 1) {
       if (lane == 0 && active) own.put(table, tree.segments, segment);
       block_barrier();
@@ -248,8 +283,8 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
       }
       cluster_barrier();
     }
-    stats = merge_table<Norm, kClusterLevels>(table, tree, params.eps);
   }
+  const auto stats = merge_segments<Norm, kClusterLevels>(tree, params.eps, !several, own, table);
   if (!active) return;
 
   if (args.stats != nullptr && lane == 0 && segment == 0) save_stats<Norm>(params, row, stats);

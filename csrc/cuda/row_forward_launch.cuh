@@ -47,6 +47,7 @@ RowForwardParams<A> row_forward_params(const RowForwardArgs& args, const RowForw
   params.output_aligned = rows_aligned(args.output, args.output_layout, output_size, access_bytes(plan.tree.vector, output_size)) &&
                           (!residual || rows_aligned(args.residual_out, args.residual_out_layout, size, access));
   params.param_aligned = is_aligned(args.weight, param_access) && is_aligned(args.bias, param_access);
+  params.float_params = args.param_dtype != args.dtype;
   params.float_output = args.output_dtype == DType::kFloat32 && args.dtype != DType::kFloat32;
   params.statistics = params.apply = true;
   return params;
@@ -65,7 +66,7 @@ void launch_registers(const RowForwardParams<Accumulate<T>>& params, void* strea
   launch(row_forward_kernel<Norm, T, P, V, kSlots, kResidual>, shape, stream, params);
 }
 
-template <class Norm, class T, class P, int V, int kSlots, bool kResidual>
+template <class Norm, class T, int V, int kSlots>
 void launch_wide(RowForwardParams<Accumulate<T>> params, void* stream) {
   const RowMapping& m = params.mapping;
   LaunchShape shape;
@@ -73,7 +74,7 @@ void launch_wide(RowForwardParams<Accumulate<T>> params, void* stream) {
   shape.threads = m.warps * 32;
   shape.smem = forward_shared_bytes(params.tree, m, SegmentStats<Norm, float>::kValues, sizeof(T), sizeof(Accumulate<T>));
   shape.dependent = dependent_launch();
-  const auto kernel = row_wide_kernel<Norm, T, P, V, kSlots, kResidual>;
+  const auto kernel = row_wide_kernel<Norm, T, V, kSlots>;
   if (m.tier == RowTier::kShared) return launch(kernel, shape, stream, params);
   params.apply = false;
   launch(kernel, shape, stream, params);
@@ -86,7 +87,7 @@ void launch_wide(RowForwardParams<Accumulate<T>> params, void* stream) {
 template <class Norm, class T, class P, int V, bool kResidual>
 void launch_slots(const RowForwardParams<Accumulate<T>>& params, void* stream) {
   constexpr int kFull = 32 / V;
-  if (params.mapping.tier != RowTier::kRegisters) return launch_wide<Norm, T, P, V, kFull, kResidual>(params, stream);
+  if (params.mapping.tier != RowTier::kRegisters) return launch_wide<Norm, T, V, kFull>(params, stream);
   if constexpr (V * sizeof(T) == 16 && sizeof(T) < 8) {
     if (params.tree.slots <= kFull / 4) return launch_registers<Norm, T, P, V, kFull / 4, kResidual>(params, stream);
     if (params.tree.slots <= kFull / 2) return launch_registers<Norm, T, P, V, kFull / 2, kResidual>(params, stream);
@@ -95,15 +96,25 @@ void launch_slots(const RowForwardParams<Accumulate<T>>& params, void* stream) {
 }
 
 template <class Norm, class T, class P, int V>
+void launch_residual(const RowForwardParams<Accumulate<T>>& params, void* stream) {
+  visit_bool(params.args.residual != nullptr,
+             [&](auto residual) { launch_slots<Norm, T, P, V, decltype(residual)::value>(params, stream); });
+}
+
+// Single columns have no parameters loaded early, so either type of them will do.
+template <class Norm, class T, int V>
 void launch_vector(const RowForwardParams<Accumulate<T>>& params, void* stream) {
   if (params.tree.vector != V) {
-    if constexpr (V > 1) launch_vector<Norm, T, P, V / 2>(params, stream);
+    if constexpr (V > 1) launch_vector<Norm, T, V / 2>(params, stream);
     return;
   }
-  if (params.args.residual != nullptr) {
-    launch_slots<Norm, T, P, V, true>(params, stream);
+  if constexpr (V == 1) {
+    launch_residual<Norm, T, EitherParam<T>, V>(params, stream);
   } else {
-    launch_slots<Norm, T, P, V, false>(params, stream);
+    if constexpr (sizeof(T) == 2) {
+      if (params.float_params) return launch_residual<Norm, T, float, V>(params, stream);
+    }
+    launch_residual<Norm, T, T, V>(params, stream);
   }
 }
 
@@ -114,11 +125,7 @@ void row_forward(const RowForwardArgs& args, void* workspace, int device, void* 
   visit(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     constexpr int kWidest = 16 / static_cast<int>(sizeof(T));
-    const auto params = row_forward_params<Accumulate<T>>(args, plan, workspace);
-    if constexpr (sizeof(T) == 2) {
-      if (args.param_dtype == DType::kFloat32) return launch_vector<Norm, T, float, kWidest>(params, stream);
-    }
-    launch_vector<Norm, T, T, kWidest>(params, stream);
+    launch_vector<Norm, T, kWidest>(row_forward_params<Accumulate<T>>(args, plan, workspace), stream);
   });
 }
 

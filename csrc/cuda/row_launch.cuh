@@ -1,9 +1,10 @@
-// What the launchers of the row norms share: the device as tuning.h sees it, and which accesses are legal.
+// What the launchers share: the device as tuning.h sees it, and which accesses are legal.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "core/dtypes.h"
 #include "core/views.h"
@@ -25,6 +26,16 @@ inline bool dependent_launch() {
     return value != nullptr && std::strcmp(value, "1") == 0;
   }();
   return wanted;
+}
+
+// From a run-time bool to a compile-time one: f(auto b), decltype(b)::value.
+template <class F>
+void visit_bool(bool value, F&& f) {
+  if (value) {
+    f(std::true_type{});
+  } else {
+    f(std::false_type{});
+  }
 }
 
 inline bool is_aligned(const void* p, std::size_t bytes) { return reinterpret_cast<std::uintptr_t>(p) % bytes == 0; }

@@ -12,33 +12,34 @@
 
 namespace normext::cuda {
 
-template <class Norm, class T, int V, int kSlots, bool kResidual>
+template <class Norm, class T, int V, int kSlots>
 __device__ __forceinline__ void wide_statistics(const RowForwardParams<Accumulate<T>>& params, std::int64_t row,
                                                 std::int64_t segment, T* cache, Accumulate<T>* table) {
   using A = Accumulate<T>;
   const RowForwardArgs& args = params.args;
+  const bool residual = args.residual != nullptr;
   const LaneColumns<V> columns = lane_columns<V>(params.tree, segment, static_cast<int>(lane_id()), true);
   Tile<T, V, kSlots> x;
-  load_rows<T, V, kSlots, kResidual>(x, params, row, columns);
+  load_rows(x, params, residual, row, columns);
   const auto stats = segment_stats<Norm>(x, columns, params.tree.lanes, static_cast<A>(params.tree.count(segment)));
   if (lane_id() == 0) stats.put(table, params.tree.segments, segment);
-  if constexpr (kResidual) {
+  if (residual) {
     x.store(static_cast<T*>(args.residual_out) + args.residual_out_layout.offset(row), columns, params.output_aligned);
   }
   if (cache != nullptr) x.store(cache, columns, true);
 }
 
-template <class Norm, class T, class P, int V, int kSlots>
+template <class Norm, class T, int V, int kSlots>
 __device__ __forceinline__ void wide_apply(const RowForwardParams<Accumulate<T>>& params, std::int64_t output, std::int64_t segment,
                                            const T* source, bool aligned, const typename Norm::template Row<Accumulate<T>>& stats) {
   const LaneColumns<V> columns = lane_columns<V>(params.tree, segment, static_cast<int>(lane_id()), true);
   Tile<T, V, kSlots> x;
   x.load(source, columns, aligned);
-  Params<Norm, T, P, V, kSlots, false> weights;
+  Params<Norm, T, EitherParam<T>, V, kSlots, false> weights;
   apply_and_store(x, weights, params, stats, output, columns);
 }
 
-template <class Norm, class T, class P, int V, int kSlots, bool kResidual>
+template <class Norm, class T, int V, int kSlots>
 __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
     row_wide_kernel(const __grid_constant__ RowForwardParams<Accumulate<T>> params) {
   using A = Accumulate<T>;
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
   const bool shared = mapping.tier == RowTier::kShared;
 
   const std::int64_t row = blockIdx.x / mapping.blocks_per_row;
-  const std::int64_t first = (blockIdx.x % mapping.blocks_per_row) * static_cast<std::int64_t>(mapping.warps) + threadIdx.x / 32;
+  const std::int64_t first = (blockIdx.x % mapping.blocks_per_row) * static_cast<std::int64_t>(mapping.warps) + warp_id();
   const std::int64_t stride = static_cast<std::int64_t>(mapping.blocks_per_row) * mapping.warps;
   const std::int64_t table_bytes = ceil_div(kValues * tree.segments * static_cast<int>(sizeof(A)), 16) * 16;
   A* table = shared ? reinterpret_cast<A*>(dynamic_smem()) : static_cast<A*>(params.partials) + row * kValues * tree.segments;
@@ -58,21 +59,22 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
   dependency_wait();
   if (params.statistics) {
     for (std::int64_t s = first; s < tree.segments; s += stride) {
-      wide_statistics<Norm, T, V, kSlots, kResidual>(params, row, s, cache, table);
+      wide_statistics<Norm, T, V, kSlots>(params, row, s, cache, table);
     }
   }
   if (!params.apply) return;
   if (shared) block_barrier();
 
-  const auto stats = merge_table<Norm, kSplitLevels>(table, tree, params.eps);
+  const auto stats = merge_segments<Norm, kSplitLevels>(tree, params.eps, false, {}, table);
   if (args.stats != nullptr && first == 0 && lane_id() == 0) save_stats<Norm>(params, row, stats);
-  const T* source = shared      ? cache
-                    : kResidual ? static_cast<const T*>(args.residual_out) + args.residual_out_layout.offset(row)
-                                : static_cast<const T*>(args.input) + args.input_layout.offset(row);
-  const bool aligned = shared || (kResidual ? params.output_aligned : params.input_aligned);
+  const bool residual = args.residual != nullptr;
+  const T* source = shared     ? cache
+                    : residual ? static_cast<const T*>(args.residual_out) + args.residual_out_layout.offset(row)
+                               : static_cast<const T*>(args.input) + args.input_layout.offset(row);
+  const bool aligned = shared || (residual ? params.output_aligned : params.input_aligned);
   const std::int64_t output = args.output_layout.offset(row);
   for (std::int64_t s = first; s < tree.segments; s += stride) {
-    wide_apply<Norm, T, P, V, kSlots>(params, output, s, source, aligned, stats);
+    wide_apply<Norm, T, V, kSlots>(params, output, s, source, aligned, stats);
   }
   launch_dependents();
 }

@@ -293,6 +293,22 @@ void layouts_and_special_values() {
   }
 }
 
+// Rows that do not collapse, of tensors on both sides of 2^31 rows: first, last and others against their indices.
+void row_offsets() {
+  for (std::int64_t outer : {5, 70000})
+    for (std::int64_t middle : {3, 46341}) {
+      const std::int64_t inner = 7, sizes[] = {outer, middle, inner}, strides[] = {11, 1000003, std::int64_t{1} << 33};
+      RowLayout layout;
+      expect(collapse_rows(sizes, strides, 3, &layout) && layout.dims == 3, "three leading dimensions");
+      expect(layout.small == (outer * middle * inner < (std::int64_t{1} << 31)), "which division");
+      const std::int64_t rows = outer * middle * inner;
+      for (std::int64_t row : {std::int64_t{0}, std::int64_t{6}, inner, rows / 2, rows / 3 * 2, rows - inner, rows - 1}) {
+        const std::int64_t i = row / inner / middle, j = row / inner % middle, k = row % inner;
+        expect(layout.offset(row) == i * strides[0] + j * strides[1] + k * strides[2], "offset of row " + std::to_string(row));
+      }
+    }
+}
+
 void empty() {
   for (RowNorm norm : kNorms) {
     Case none{norm, kTypes[0], 0, 12};
@@ -334,6 +350,7 @@ constexpr Test kTests[] = {{"widths", widths},
                            {"schedules", schedules},
                            {"many_rows", many_rows},
                            {"layouts_and_special_values", layouts_and_special_values},
+                           {"row_offsets", row_offsets},
                            {"empty", empty},
                            {"threaded", threaded}};
 
