@@ -154,6 +154,14 @@ MUTANTS = (
     ),
     # ---- memory
     Mutant(
+        "float32 parameters read as the input's type",
+        "csrc/cuda/row_forward_launch.cuh",
+        "params.float_params = args.param_dtype != args.dtype;",
+        "params.float_params = false;",
+        "emulated",
+        ACCURACY,
+    ),
+    Mutant(
         "row offset in 32 bits",
         "csrc/core/views.h",
         "return inner + row * stride[dims - 1];",

@@ -10,7 +10,7 @@ namespace normext {
 
 constexpr int kMaxRowDims = 3;
 
-// n / d for 0 <= n < 2^31 by one multiplication; plain division above.
+// n / d for 0 <= n < 2^31 by one multiplication.
 struct FastDivisor {
   std::uint32_t divisor = 1;
   std::uint32_t multiplier = 1;

@@ -14,9 +14,9 @@ struct Team {
   bool active;
 
   __device__ __forceinline__ explicit Team(const PlanesPlan& plan) {
-    const int of_block = warp_id();
-    index = of_block / plan.warps;
-    warp = of_block % plan.warps;
+    const int block_warp = warp_id();
+    index = block_warp / plan.warps;
+    warp = block_warp % plan.warps;
     const std::int64_t unit = static_cast<std::int64_t>(blockIdx.x) * plan.teams + index;
     slab = plan.segments == 1 ? unit : unit / plan.segments;
     segment = unit - slab * plan.segments;

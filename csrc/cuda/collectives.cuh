@@ -92,8 +92,8 @@ struct SegmentStats<Norm, A, false> {
   __device__ __forceinline__ static SegmentStats get(const A* table, std::int64_t, std::int64_t s) { return {table[s]}; }
 };
 
-// merge_all of norms/stats.h: sums over all segments pairwise in index order, by one whole warp; every lane gets the row. From a
-// table in shared or global memory, or from `only` where there is one segment.
+// The merge of norms/stats.h: sums over all segments pairwise in index order, by one whole warp; every lane gets the row. From a
+// table in shared or global memory or, if `single`, from the one segment that registers hold.
 template <class Norm, int kLevels, class A>
 __device__ __forceinline__ typename Norm::template Row<A> merge_segments(const RowTree& tree, A eps, bool single,
                                                                          const SegmentStats<Norm, A>& only, const A* table) {

@@ -78,7 +78,8 @@ __device__ __forceinline__ double to_accumulate(double x) { return x; }
 
 #if defined(NORMEXT_SIMT)
 
-__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+// A shuffle as on a GPU, so that missing lanes are reported.
+__device__ __forceinline__ int warp_id() { return shuffle_xor(static_cast<int>(threadIdx.x) / kWarpSize, 0); }
 
 __device__ __forceinline__ unsigned cluster_rank() { return ::simt::cluster_rank(); }
 __device__ __forceinline__ unsigned cluster_size() { return ::simt::cluster_size(); }

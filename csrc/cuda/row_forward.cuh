@@ -28,7 +28,7 @@ struct RowForwardParams {
   bool output_aligned;     // output and residual_out
   bool param_aligned;      // weight and bias
   bool float_output;       // the output is float32 while T is a 16-bit type
-  bool float_params;       // weight and bias are
+  bool float_params;       // weight and bias are float32 while T is a 16-bit type
   bool statistics, apply;  // row_wide.cuh: which of its two phases this launch runs
 };
 
@@ -167,11 +167,11 @@ struct Params {
 template <class Norm, class T, int V, int kSlots, bool kEarly>
 struct Params<Norm, T, void, V, kSlots, kEarly> {
   using Value = Columns<float, V>;
-  using Launch = RowForwardParams<float>;
 
-  __device__ __forceinline__ void prefetch(const Launch&, const LaneColumns<V>&) {}
+  __device__ __forceinline__ void prefetch(const RowForwardParams<float>&, const LaneColumns<V>&) {}
   __device__ __forceinline__ void forget() {}
-  __device__ __forceinline__ void get(const Launch& params, const LaneColumns<V>& columns, int s, Value& w, Value& b) const {
+  __device__ __forceinline__ void get(const RowForwardParams<float>& params, const LaneColumns<V>& columns, int s, Value& w,
+                                      Value& b) const {
     if (!columns.owns(s)) return;
     const std::int64_t column = columns.first + columns.offset(s);
     w = load(params, params.args.weight, column, 1.0f);
@@ -179,7 +179,8 @@ struct Params<Norm, T, void, V, kSlots, kEarly> {
   }
 
  private:
-  __device__ __forceinline__ static Value load(const Launch& params, const void* p, std::int64_t column, float absent) {
+  __device__ __forceinline__ static Value load(const RowForwardParams<float>& params, const void* p, std::int64_t column,
+                                               float absent) {
     Value out;
     if (p == nullptr) {
       out.fill(absent);

@@ -96,7 +96,7 @@ void launch_slots(const RowForwardParams<Accumulate<T>>& params, void* stream) {
 }
 
 template <class Norm, class T, class P, int V>
-void launch_residual(const RowForwardParams<Accumulate<T>>& params, void* stream) {
+void launch_with_param_type(const RowForwardParams<Accumulate<T>>& params, void* stream) {
   visit_bool(params.args.residual != nullptr,
              [&](auto residual) { launch_slots<Norm, T, P, V, decltype(residual)::value>(params, stream); });
 }
@@ -109,12 +109,12 @@ void launch_vector(const RowForwardParams<Accumulate<T>>& params, void* stream) 
     return;
   }
   if constexpr (V == 1) {
-    launch_residual<Norm, T, EitherParam<T>, V>(params, stream);
+    launch_with_param_type<Norm, T, EitherParam<T>, V>(params, stream);
   } else {
     if constexpr (sizeof(T) == 2) {
-      if (params.float_params) return launch_residual<Norm, T, float, V>(params, stream);
+      if (params.float_params) return launch_with_param_type<Norm, T, float, V>(params, stream);
     }
-    launch_residual<Norm, T, T, V>(params, stream);
+    launch_with_param_type<Norm, T, T, V>(params, stream);
   }
 }
 

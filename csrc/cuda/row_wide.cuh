@@ -6,6 +6,8 @@
 // kShared: one launch does both; the row is kept in shared memory, so device memory is read once.
 // kSplit:  two launches with several blocks per row; the moments travel through the workspace, and the second launch reads x,
 //          or the stored sum, again (from L2 where it fits). No grid-wide barrier.
+// Compiled once for both types of parameters, with and without a residual. Plain calls get the registers of fused ones, up to 27
+// more; a warp asks for all of a segment before it uses any, so that few warps keep memory busy. Not yet measured.
 #pragma once
 
 #include "cuda/row_forward.cuh"
