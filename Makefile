@@ -1,4 +1,4 @@
-# Everything a newcomer needs; each target sets up what it uses. The interpreter is .venv/bin/python, made on first use; with
+# Everything a newcomer needs; each target but gpu-check sets up what it uses. The interpreter is .venv/bin/python, made on first use; with
 # PYTHON=<interpreter> it is one of yours, into which nothing but missing build and test tools is installed.
 # CUDA is built where there is an nvcc (NORMEXT_CUDA=0 skips it); setup.py lists the other variables.
 PYTHON ?= .venv/bin/python
@@ -79,9 +79,9 @@ bench: build  ## every published figure, about 30 minutes on an idle machine
 	$(GROUP) bench
 	$(PYTHON) benchmarks/run.py
 
-gpu-check: environment  ## on a GPU machine: suite, graph capture, sanitizers, benchmarks; results in $OUT
-	$(PYTHON) -c "import pytest" || $(GROUP) test
-	$(PYTHON) tests/gpu_check.py $(OUT)
+# With the python3 at hand, whose torch sees the GPU, unless PYTHON says otherwise; nothing is installed.
+gpu-check:  ## on a GPU machine: suite, graph capture, sanitizers, benchmarks; results in $OUT, GPU_ARGS="--only ..." selects
+	$(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON),python3) tests/gpu_check.py $(OUT) $(GPU_ARGS)
 
 kernels: export NORMEXT_CUDA = 1
 kernels: build  ## spill gate: registers, spills and machine code of every CUDA kernel, without a GPU

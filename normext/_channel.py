@@ -14,6 +14,7 @@ from normext import _library
 _update = _library.Op.named("batch_norm_update_")
 _contiguous = _library.Op.named("contiguous").direct
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 # As numbered in csrc/core/types.h.
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "leaky_relu": 4}
 _FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (lambda z: z, F.relu, F.silu, F.gelu, F.leaky_relu)
@@ -47,8 +48,8 @@ def contiguous(input: Tensor) -> Tensor:
         return input.contiguous()
     try:
         result: Tensor = (_contiguous_with_grad if _library.any_requires_grad(input) else _contiguous)(input)
-    except MemoryError:
-        return input.contiguous()  # raises, in torch's words
+    except (MemoryError, NotImplementedError):
+        return input.contiguous()  # raises, in torch's words, or knows the kind of tensor
     return result
 
 
@@ -108,8 +109,13 @@ def check_fake(
 
 
 def output_like(input: Tensor) -> Tensor:
-    """Channels-last where torch's batch norm calls the input so: not where it is both formats (one channel, or one position)."""
-    return _library.contiguous_like(input) if input.is_contiguous() else _library.channels_last_like(input)
+    """Channels-last where torch's batch norm calls the input so: not where it is both formats (one channel, or one position), and
+    whatever the stride of a single image."""
+    if input.is_contiguous():
+        return _library.contiguous_like(input)
+    if input.dim() in _CHANNELS_LAST and input.is_contiguous(memory_format=_CHANNELS_LAST[input.dim()]):
+        return torch.empty_like(input, memory_format=_CHANNELS_LAST[input.dim()])
+    return _library.channels_last_like(input)
 
 
 def stats_like(input: Tensor, groups: int) -> Tensor:
@@ -152,11 +158,10 @@ def update_running_reference(
     momentum: float,
 ) -> None:
     """The same in plain torch ops, for torch.export."""
-    with torch.no_grad():
-        factor = momentum if num_batches_tracked is None else num_batches_tracked.to(mean.dtype).reciprocal()
-        for running, found in ((running_mean, mean), (running_var, unbiased_variance)):
-            if running is not None:
-                running.copy_((1 - factor) * running + factor * found.detach())
+    factor = momentum if num_batches_tracked is None else num_batches_tracked.to(mean.dtype).reciprocal()
+    for running, found in ((running_mean, mean), (running_var, unbiased_variance)):
+        if running is not None:
+            running.copy_((1 - factor) * running + factor * found.detach())
 
 
 def update_running_transformed(

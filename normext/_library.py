@@ -80,6 +80,15 @@ def special() -> bool:
     return is_dynamo_compiling() or _compiler._is_compiling_flag or _functorch_active() or forward_ad._current_level >= 0
 
 
+def surely(condition: Any) -> bool:
+    """A condition on sizes; False where, while compiling or exporting, a size is known only when the program runs."""
+    if not is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports sympy [0.3 s]
+
+    return guard_or_false(condition)
+
+
 def any_requires_grad(*tensors: Tensor | None) -> bool:
     if is_grad_enabled():
         for tensor in tensors:  # any(...) takes a generator [0.3 us]
@@ -153,9 +162,19 @@ def check_residual(op: str, input: Tensor, residual: Tensor) -> None:
 REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, MemoryError)
 
 
+def only_torch_knows(error: Exception, *tensors: Any) -> bool:
+    """An op met a tensor subclass or a nested tensor that has rules for torch's ops alone, a DTensor for one: torch's norms serve
+    it."""
+    return isinstance(error, NotImplementedError) and any(
+        isinstance(tensor, Tensor) and (tensor.is_nested or type(tensor) not in (Tensor, torch.nn.Parameter)) for tensor in tensors
+    )
+
+
 def torchs_error(error: Exception, function: Callable[..., Any], *args: Any) -> Exception:
     """torch's own error for arguments an op refused, so that its class and text are those of the installed version; ours if
     torch accepts the arguments."""
+    if "has no memory" in str(error):  # csrc/ops/tensor.cpp; some of torch's norms crash on such a tensor
+        return error
     theirs = what_torch_raises(function, *args)
     if theirs is not None:
         return theirs

@@ -298,6 +298,10 @@ def tracked_batch_norm(
         else:
             result = _inference.direct(input, residual, weight, bias, running_mean, running_var, eps, code)
     except _library.REFUSALS as error:
+        if _library.only_torch_knows(error, input, residual, weight, bias):
+            return _as_torch(
+                input, running_mean, running_var, weight, bias, training, momentum, eps, residual, code, num_batches_tracked
+            )
         running = _channel.copies(running_mean, running_var)
         raise _library.torchs_error(error, F.batch_norm, input, *running, weight, bias, training, momentum, eps) from None
     return result
@@ -332,6 +336,13 @@ def _check(
             raise theirs
 
 
+def _as_torch(*arguments: Any) -> Tensor:
+    """_special's arguments to torch's function, which raises where they are wrong."""
+    input, mean, var, weight, bias, training, momentum, eps, residual, activation, batches = arguments
+    y = F.batch_norm(input, mean, var, weight, bias, training, _channel.share_of_batch(momentum, batches), eps)
+    return _channel.activate(activation, y if residual is None else y + residual)
+
+
 def _special(
     input: Tensor,
     running_mean: Tensor | None,
@@ -354,9 +365,9 @@ def _special(
         or eps <= 0
     )
     if refused:
-        share = _channel.share_of_batch(momentum, num_batches_tracked)
-        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, share, eps)
-        return _channel.activate(activation, y if residual is None else y + residual)
+        return _as_torch(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation, num_batches_tracked
+        )
     if _library.transformed():
         dtype = _library.accumulate_dtype(input)
         fixed: tuple[Tensor | None, Tensor | None] = None, None

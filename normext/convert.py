@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from normext._converted import Converted, Recipe, converted_class
@@ -160,7 +161,12 @@ def _replacement(module: nn.Module, known: dict[object, Recipe | str]) -> tuple[
     tried = isinstance(module, _ROW_NORMS) and kind.__module__.startswith(_HUGGING_FACE)
     if isinstance(module, tuple(_TORCH_CLASSES)) and not tried:
         raise Unrecognised("a subclass of the torch class, which may be meant to do something else")
-    key = configuration(module)
+    if isinstance(module, LazyModuleMixin):
+        raise Unrecognised("lazy: run the model once, so that its parameters exist")
+    try:
+        key = configuration(module)
+    except Exception as error:
+        raise Unrecognised(f"could not be looked at: {error!r}") from error
     if key not in known:
         try:
             known[key] = recognise(module)

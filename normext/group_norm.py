@@ -193,6 +193,8 @@ def group_norm(
         else:
             result = _inference.direct(input, weight, bias, num_groups, eps, code)
     except _library.REFUSALS as error:
+        if _library.only_torch_knows(error, input, weight, bias):
+            return _channel.activate(code, F.group_norm(input, num_groups, weight, bias, eps))
         raise _library.torchs_error(error, F.group_norm, input, num_groups, weight, bias, eps) from None
     return result
 
@@ -210,8 +212,8 @@ def _special(input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor
         not _channel.accepts(input, weight, bias)
         or num_groups < 1
         or input.shape[1] % num_groups != 0
-        or input.numel() == 0
-        or (input.shape[0] == 1 and input.numel() == num_groups)
+        or _library.surely(input.numel() == 0)
+        or (_library.surely(input.shape[0] == 1) and _library.surely(input.numel() == num_groups))
     ):
         return _channel.activate(activation, F.group_norm(input, num_groups, weight, bias, eps))
     if _library.autocast_active(input):

@@ -96,7 +96,8 @@ def instance_norm(
             found: tuple[Tensor, Tensor] = forward(input, weight, bias, eps, code)
             update_running(input, found[1], running_mean, running_var, None, momentum)
         except _library.REFUSALS as error:
-            raise _in_torchs_words(error, input, running_mean, running_var, weight, bias, momentum, eps) from None
+            arguments = input, running_mean, running_var, weight, bias, momentum, eps
+            return _channel.activate(code, _torchs_answer(error, *arguments))
         return found[0]
     x = _channel.contiguous(input)
     if x.shape[1] == 1 or x.stride(1) == 1:  # the strides may still be those of channels-last
@@ -118,11 +119,11 @@ def instance_norm(
         else:
             update_running(x, stats, running_mean, running_var, None, momentum)
     except _library.REFUSALS as error:
-        raise _in_torchs_words(error, input, running_mean, running_var, weight, bias, momentum, eps) from None
+        return _channel.activate(code, _torchs_answer(error, input, running_mean, running_var, weight, bias, momentum, eps))
     return output
 
 
-def _in_torchs_words(
+def _torchs_answer(
     error: Exception,
     input: Tensor,
     running_mean: Tensor | None,
@@ -131,9 +132,12 @@ def _in_torchs_words(
     bias: Tensor | None,
     momentum: float,
     eps: float,
-) -> Exception:
+) -> Tensor:
+    """To an op's refusal: torch's result for tensors that only torch knows, otherwise its exception."""
+    if _library.only_torch_knows(error, input, weight, bias):
+        return F.instance_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
     running = _channel.copies(running_mean, running_var)
-    return _library.torchs_error(error, F.instance_norm, input, *running, weight, bias, True, momentum, eps)
+    raise _library.torchs_error(error, F.instance_norm, input, *running, weight, bias, True, momentum, eps) from None
 
 
 def _refused(

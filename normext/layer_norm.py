@@ -193,6 +193,8 @@ def layer_norm(
         else:
             result = _inference.direct(input, weight, bias, _library.normalized_ndim(input, normalized_shape), eps)
     except _library.REFUSALS as error:
+        if _library.only_torch_knows(error, input, weight, bias):
+            return F.layer_norm(input, normalized_shape, weight, bias, eps)
         raise _library.torchs_error(error, F.layer_norm, input, normalized_shape, weight, bias, eps) from None
     return result
 
@@ -296,7 +298,8 @@ def add_layer_norm(
     except _library.REFUSALS as error:
         _library.check_residual("add_layer_norm", input, residual)
         _library.raise_if_out_of_memory(error, input)
-        if _library.accepts(input, normalized_shape, weight, bias):
+        foreign = _library.only_torch_knows(error, input, residual, weight, bias)
+        if not foreign and _library.accepts(input, normalized_shape, weight, bias):
             raise
         return _add_unfused(input, residual, normalized_shape, weight, bias, eps, alpha)
     return result

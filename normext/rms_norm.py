@@ -190,16 +190,12 @@ def rms_norm(
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; roundings of Hugging Face transformers.
     """
     if has_torch_function_variadic(input, weight):
-        result: Tensor = handle_torch_function(
-            rms_norm,
-            (input, weight),
-            input,
-            normalized_shape,
-            weight=weight,
-            eps=eps,
-            weight_offset=weight_offset,
-            rounding=rounding,
+        # Nested tensors take a function of this name for torch's, with its arguments.
+        ours: dict[str, Any] = (
+            {} if weight_offset == 0.0 and rounding == "torch" else {"weight_offset": weight_offset, "rounding": rounding}
         )
+        arguments = input, normalized_shape, weight, eps
+        result: Tensor = handle_torch_function(rms_norm, (input, weight), *arguments, **ours)
         return result
     if special():
         return _rms_norm_special(input, normalized_shape, weight, eps, weight_offset, rounding)
@@ -236,10 +232,11 @@ def _refused(
     weight_offset: float,
     rounding: str,
 ) -> Tensor:
-    """Mixes of dtypes that no kernel takes are computed as torch does; anything else raises."""
+    """Mixes of dtypes that no kernel takes, and tensors that the ops do not know, are computed as torch does; anything else
+    raises."""
     _check_rounding("rms_norm", rounding)
     tensors = isinstance(input, Tensor) and (weight is None or isinstance(weight, Tensor))
-    if tensors and not _library.accepts_dtypes(input, weight):
+    if _library.only_torch_knows(error, input, weight) or (tensors and not _library.accepts_dtypes(input, weight)):
         if weight_offset == 0.0 and rounding == "torch":
             return F.rms_norm(input, normalized_shape, weight, eps)
         known = input.dtype in _EPS and (weight is None or weight.dtype in _EPS)
@@ -361,7 +358,8 @@ def add_rms_norm(
         _check_rounding("add_rms_norm", rounding)
         _library.check_residual("add_rms_norm", input, residual)
         _library.raise_if_out_of_memory(error, input)
-        if _library.accepts(input, normalized_shape, weight):
+        foreign = _library.only_torch_knows(error, input, residual, weight)
+        if not foreign and _library.accepts(input, normalized_shape, weight):
             raise
         return _add_unfused(input, residual, normalized_shape, weight, eps, weight_offset, rounding)
     return result

@@ -67,8 +67,9 @@ def device(backend):
 
 
 @pytest.fixture(autouse=True)
-def fixed_state():
-    """Every test starts from the same seed and thread count, and leaves them so."""
+def fixed_state(request, device):
+    """Every test starts from the same seed and thread count, and leaves them so. A test that breaks the GPU's context ends the
+    process, as a crash does: the next worker starts with another."""
     import torch
 
     threads = torch.get_num_threads()
@@ -76,3 +77,12 @@ def fixed_state():
     yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+    if device == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+                print(error, file=sys.stderr, flush=True)
+            if "NORMEXT_TEST_SKIP" in os.environ:
+                os._exit(70)
+            pytest.exit(f"the GPU's context is broken: {error}", returncode=70)

@@ -1,4 +1,4 @@
-"""Fuzzing, as a program of its own so that a crash is an exit status:  python tests/fuzz.py public|raw [seed]
+"""Fuzzing, as a program of its own so that a crash is an exit status:  python tests/fuzz.py public|raw [seed [device]]
 
 public: random but often valid calls of the public functions; each must raise an ordinary exception or agree with torch in
         wider arithmetic.
@@ -136,14 +136,14 @@ def guarded(argument, kept):
     return buffer[guard : guard + argument.numel()].copy_(argument.detach().reshape(-1)).view(argument.shape)
 
 
-def raw(rounds, seed):
+def raw(rounds, seed, device):
     generator = random.Random(seed)
     torch.manual_seed(seed)
     refused = computed = 0
     for _ in range(rounds):
         rows, cols = generator.choice([(6, 40), (1, 1), (3, 111), (0, 8), (2, 0), (5, 1040)])
         dtype, params = generator.choice(cases.MIXES)
-        table = raw_ops.arguments(dtype, params, rows, cols, rounding=generator.choice([0, 1]))
+        table = raw_ops.arguments(dtype, params, rows, cols, rounding=generator.choice([0, 1]), device=device)
         for name, calls in table.items():
             for args in calls:
                 kept = []
@@ -165,9 +165,11 @@ def raw(rounds, seed):
 
 def main():
     mode, start = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    device = sys.argv[3] if len(sys.argv) > 3 else "cpu"
     if mode == "raw":
-        raw(rounds=12, seed=start)
+        raw(12, start, device)
         return
+    torch.set_default_device(device)
     phases = (Phase.generate, Phase.shrink)
     options = settings(max_examples=400, deadline=None, database=None, phases=phases, suppress_health_check=list(HealthCheck))
     seed(start)(options(given(public_calls())(public)))()

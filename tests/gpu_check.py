@@ -1,19 +1,26 @@
-"""`make gpu-check`: everything that needs a GPU, in one command on a machine that has one. Nothing is downloaded.
+"""`make gpu-check`: everything that needs a GPU, on a machine that has one. Nothing is downloaded.
 
-Builds for the GPUs present, runs the whole suite on them, captured graphs, compute-sanitizer where it is found, and the
-benchmarks. Logs and results go to the folder given ($OUT); a short table comes last.
+    make gpu-check                                     all steps, about an hour
+    make gpu-check GPU_ARGS="--minutes 9"              as many as fit
+    make gpu-check GPU_ARGS="--only build,graphs,suite"
+
+Builds for the GPUs present, captures graphs, runs the whole suite, part of it under compute-sanitizer, and the benchmarks of row
+norms. In the folder given ($OUT) are log.txt, summary.txt, up to date after every step, and the benchmarks' results.
 """
 
+import argparse
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# A part of the suite that reaches every kernel tier at small sizes: the sanitizer slows kernels 10 to 100 times.
+# A part of the suite that reaches every kernel tier at small sizes: a sanitizer slows kernels 10 to 100 times.
 SANITIZED_TESTS = ["test_exact.py", "test_layouts.py", "test_channel_exact.py", "test_channel_layouts.py"]
 SANITIZERS = {"memcheck": 600, "racecheck": 600, "synccheck": 300, "initcheck": 300}  # seconds at most
 
@@ -78,38 +85,65 @@ print("running statistics of replays are those of calls")
 
 
 class Check:
-    def __init__(self, out):
+    def __init__(self, out, minutes):
         self.out, self.rows = out, []
+        self.end = time.monotonic() + 60 * minutes
         out.mkdir(parents=True, exist_ok=True)
+        self.log = (out / "log.txt").open("w")
 
     def run(self, name, command, limit=1800, **environment):
-        """Runs one step; its output goes to the terminal's log file, its outcome into the table."""
-        begin, log = time.monotonic(), self.out / f"{name.replace(' ', '_')}.log"
+        """Runs one step; its output goes to the log, its outcome into the table. Returns whether it passed, and its output."""
+        begin = time.monotonic()
+        limit = min(limit, self.end - begin)
+        if limit < 5:
+            self.add(name, "no time left", 0.0, "")
+            return False, ""
         print(f"{name} ...", flush=True)
-        with log.open("w") as file:
-            try:
-                code = subprocess.run(
-                    list(map(str, command)),
-                    cwd=ROOT,
-                    env={**os.environ, **environment},
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    timeout=limit,
-                ).returncode
-            except subprocess.TimeoutExpired:
-                code = f"stopped after {limit} s"
-        text = log.read_text(errors="replace")
-        counts = re.findall(r"^=* ?(\d+ (?:passed|failed).*?) in [\d.]+", text, re.MULTILINE) or re.findall(
-            r"ERROR SUMMARY: .*", text
+        self.log.write(f"\n==== {name}: {' '.join(map(str, command))[:300]}\n")
+        self.log.flush()
+        start = self.log.tell()
+        process = subprocess.Popen(
+            list(map(str, command)),
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+                **environment,
+            },
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-        self.rows.append((name, "ok" if code == 0 else f"FAILED ({code})", time.monotonic() - begin, counts[-1] if counts else ""))
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = f"stopped after {limit:.0f} s"
+            process.send_signal(signal.SIGINT)  # pytest reports what has failed so far
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+            process.wait()
+        with open(self.log.name, errors="replace") as written:
+            written.seek(start)
+            text = written.read()
+        self.log.seek(0, os.SEEK_END)
+        notes = re.findall(r"^=* ?(\d+ (?:passed|failed).*?) in [\d.]+", text, re.MULTILINE)[-1:]
+        notes += re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text)[-1:]
+        state = "ok" if code == 0 else f"FAILED ({code})"
+        if code != 0 and name.startswith("sanitizer") and "Device not supported" in text:
+            state = "not supported here"  # compute-sanitizer in some virtual machines
+        self.add(name, state, time.monotonic() - begin, "; ".join(notes))
+        if state.startswith("FAILED"):
+            print(text[-3000:], flush=True)
         return code == 0, text
 
-    def finish(self):
-        lines = [f"{name:<24} {state:<24} {seconds:6.0f} s  {note}" for name, state, seconds, note in self.rows]
-        (self.out / "summary.txt").write_text("\n".join(lines) + "\n")
-        print("\n" + "\n".join(lines))
-        return all(state == "ok" for _, state, _, _ in self.rows)
+    def add(self, name, state, seconds, note):
+        self.rows.append((name, state, seconds, note))
+        (self.out / "summary.txt").write_text(self.table() + "\n")
+
+    def table(self):
+        return "\n".join(f"{name:<24} {state:<24} {seconds:6.0f} s  {note}" for name, state, seconds, note in self.rows)
 
 
 def present_archs():
@@ -121,29 +155,77 @@ def present_archs():
     return " ".join(sorted({capability.replace(".", "") for capability in found}, key=int))
 
 
-def main():
-    check = Check(Path(sys.argv[1] if len(sys.argv) > 1 else "out").resolve())
+TESTS = [sys.executable, "-m", "pytest", "-q"]
+FILES = [ROOT / "tests" / name for name in SANITIZED_TESTS]
+# One ordinary process, which keeps the variables of its environment.
+ALONE = {"NORMEXT_TEST_BACKEND": "cuda"}
+
+
+def build(check):
     archs = present_archs()
-    build = {"NORMEXT_CUDA": "1", "NORMEXT_CUDA_ARCHS": archs, "NORMEXT_BUILD_DIR": "build/gpu"}
-    built, log = check.run(f"build for {archs}", [sys.executable, "setup.py", "build_ext", "--inplace"], **build)
+    settings = {"NORMEXT_CUDA": "1", "NORMEXT_CUDA_ARCHS": archs, "NORMEXT_BUILD_DIR": "build/gpu"}
+    built, _ = check.run(f"build for {archs}", [sys.executable, "setup.py", "build_ext", "--inplace"], **settings)
     if not built:
-        print(log[-4000:])
-        check.finish()
-        sys.exit("gpu-check: the build failed")
-    _, about = check.run("python -m normext", [sys.executable, "-m", "normext"])
-    print(about)
-    tests = [sys.executable, "-m", "pytest", "-q"]
-    check.run("suite on cuda", [*tests, "tests", "--backend", "cuda"])
+        print(check.table())
+        sys.exit("gpu-check: nothing was built")
+    print(check.run("python -m normext", [sys.executable, "-m", "normext"])[1])
+
+
+def graphs(check):
     check.run("graph capture", [sys.executable, "-c", GRAPH])
-    if sanitizer := shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer"):
-        for tool, limit in SANITIZERS.items():
-            prefix = [sanitizer, "--tool", tool, "--error-exitcode", "99", "--target-processes", "application-only"]
-            # One ordinary process, without torch's caching allocator, which would hide accesses beyond a tensor.
-            alone = {"NORMEXT_TEST_BACKEND": "cuda", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            files = [ROOT / "tests" / name for name in SANITIZED_TESTS]
-            check.run(f"sanitizer {tool}", [*prefix, *tests, "-x", *files], limit, **alone)
-    check.run("benchmarks", [sys.executable, "benchmarks/gpu.py", "--output", check.out])
-    sys.exit(not check.finish())
+
+
+def suite(check):
+    check.run("suite on cuda", [*TESTS, "tests", "--backend", "cuda"])
+
+
+def pdl(check):
+    check.run("dependent launches", [*TESTS, *FILES], **ALONE, NORMEXT_PDL="1")
+
+
+def sanitize(tool):
+    def step(check):
+        sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+        if sanitizer is None:
+            return check.add(f"sanitizer {tool}", "no compute-sanitizer", 0.0, "")
+        prefix = [sanitizer, "--tool", tool, "--error-exitcode", "99", "--target-processes", "application-only"]
+        # Without torch's caching allocator, which would hide accesses beyond a tensor.
+        alone = {**ALONE, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return check.run(f"sanitizer {tool}", [*prefix, *TESTS, "--maxfail=20", *FILES], SANITIZERS[tool], **alone)
+
+    return step
+
+
+def benchmarks(check):
+    remaining = max(5, min(480, check.end - time.monotonic() - 60))
+    check.run("benchmarks", [sys.executable, "benchmarks/gpu.py", "--output", check.out, "--time-limit", f"{remaining:.0f}"])
+
+
+# What decides most, soonest.
+STEPS = {
+    "build": build,
+    "graphs": graphs,
+    "suite": suite,
+    "pdl": pdl,
+    **{tool: sanitize(tool) for tool in SANITIZERS},
+    "benchmarks": benchmarks,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, default=Path("out"))
+    parser.add_argument("--only", help=f"steps, in the order given, of {', '.join(STEPS)}")
+    parser.add_argument("--minutes", type=float, default=120, help="for all steps together; what is running then is stopped")
+    args = parser.parse_args()
+    chosen = args.only.split(",") if args.only else list(STEPS)
+    if unknown := set(chosen) - set(STEPS):
+        parser.error(f"no such step: {', '.join(sorted(unknown))}")
+    check = Check(args.out.resolve(), args.minutes)
+    for step in chosen:
+        STEPS[step](check)
+    print("\n" + check.table())
+    sys.exit(any(state.startswith(("FAILED", "no time left")) for _, state, _, _ in check.rows))
 
 
 if __name__ == "__main__":

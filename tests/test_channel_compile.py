@@ -222,6 +222,42 @@ def test_exported_training_step(strict, device):
         close(step(loaded, x), step(twin, x))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", ["BatchNorm1d", "InstanceNorm1d"])
+def test_exported_programs_are_saved_and_loaded(name, strict, device):
+    """In training, where they update running statistics."""
+    module = getattr(normext, name)(4, track_running_stats=True, device=device)
+    x = torch.randn(3, 4, 5, device=device)
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(module, (x,), strict=strict), buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    torch.testing.assert_close(loaded(x), module(x))
+    torch.testing.assert_close(loaded.running_mean, module.running_mean)
+    torch.testing.assert_close(loaded.running_var, module.running_var)
+    assert not module.running_var.equal(torch.ones_like(x[0, :, 0]))
+
+
+class Selected(torch.nn.Module):
+    """A batch whose size is known only when the program runs."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x[torch.nonzero(x[:, 0, 0] > 0).squeeze(1)])
+
+
+def test_sizes_that_only_the_run_knows(device):
+    x = torch.randn(6, 4, 5, device=device)
+    x[0] = 1.0
+    for norm in (normext.GroupNorm(2, 4, device=device), normext.BatchNorm1d(4, device=device).eval()):
+        for strict in (False, True):
+            exported = torch.export.export(Selected(norm), (x,), strict=strict).module()
+            torch.testing.assert_close(exported(x), Selected(norm)(x))
+
+
 def test_exported_program_decomposes(device):
     """run_decompositions gives the inference form, with opaque normext ops inside."""
     module = Block().to(device).eval().requires_grad_(False)

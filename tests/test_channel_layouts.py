@@ -44,7 +44,7 @@ def refused(op, training, shape):
 
 
 def describe(tensors):
-    return [(t.dtype, tuple(t.shape), t.stride(), t.storage_offset(), t.device.type) for t in tensors]
+    return [(t.dtype, tuple(t.shape), t.stride(), t.storage_offset()) for t in tensors]
 
 
 def with_gradients(library, op, x, training, dy_layout=None):
@@ -59,18 +59,35 @@ def with_gradients(library, op, x, training, dy_layout=None):
 @pytest.mark.parametrize("layout", cases.LAYOUTS.values(), ids=list(cases.LAYOUTS))
 @by_mode
 def test_strides_and_dtypes_are_those_of_torch(op, training, layout, device):
-    """Of outputs and gradients, whatever the layout of the incoming gradient."""
+    """Of outputs and gradients, whatever the layout of the incoming gradient. On a GPU, too, those of torch on the CPU: there its
+    group norm makes channels-last contiguous, and its batch norm keeps permuted strides."""
     for shape in SHAPES:
         if refused(op, training, shape):
             continue
         for dtype in cases.DTYPES if shape == SHAPES[0] else (torch.float32,):
-            x = layout(torch.randn(shape).to(dtype).to(device))
-            assert describe([run(normext, op, x, training)]) == describe([run(F, op, x, training)]), shape
+            x = torch.randn(shape).to(dtype)
+            ours, theirs = (run(library, op, layout(x.to(on)), training) for library, on in ((normext, device), (F, "cpu")))
+            assert ours.device.type == device
+            assert describe([ours]) == describe([theirs]), shape
         for dy_layout in (
             (None, cases.contiguous, cases.channels_last, cases.permuted) if shape == SHAPES[0] else (None, cases.permuted)
         ):
-            expected = describe(with_gradients(F, op, x, training, dy_layout))
-            assert describe(with_gradients(normext, op, x, training, dy_layout)) == expected, (shape, dy_layout)
+            expected = describe(with_gradients(F, op, layout(x), training, dy_layout))
+            assert describe(with_gradients(normext, op, layout(x.to(device)), training, dy_layout)) == expected, (shape, dy_layout)
+
+
+@by_mode
+def test_a_single_image_is_channels_last_whatever_its_stride(op, training, device):
+    """As batch norm of torch sees it: an image of [height, width, channels], permuted, then unsqueezed."""
+    for shape, order in (((16, 12, 8), (2, 0, 1)), ((5, 4, 6, 8), (3, 0, 1, 2))):
+        values = torch.randn(shape).permute(order)[None]
+        x = values.to(device)
+        assert x.stride() == values.stride()
+        found = with_gradients(normext, op, x, training)
+        assert describe(found) == describe(with_gradients(F, op, values, training))
+        dense = with_gradients(normext, op, x.contiguous(), training)
+        for a, b in zip(found, dense, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("activation", [None, "relu"], ids=["", "relu"])

@@ -244,6 +244,17 @@ def test_refuses_with_a_reason(make, reason):
 
 
 @pytest.mark.once
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_lazy_norms_are_refused_until_they_have_parameters():
+    model = nn.Sequential(nn.LayerNorm(8), nn.LazyBatchNorm1d(), nn.LazyInstanceNorm1d(affine=True), nn.LayerNorm(8))
+    report = normext.convert(model)
+    assert [swapped.name for swapped in report.swapped] == ["0", "3"]
+    assert all("lazy" in refused.reason for refused in report.refused) and len(report.refused) == 2
+    model(torch.randn(3, 4, 8))
+    assert [swapped.name for swapped in normext.convert(model).swapped] == ["1", "2"]
+
+
+@pytest.mark.once
 def test_other_kinds_of_norm_are_not_mentioned():
     model = nn.Sequential(nn.LocalResponseNorm(2), nn.CrossMapLRN2d(2))
     assert normext.convert(model) == normext.Report((), ())

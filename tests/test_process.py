@@ -26,7 +26,7 @@ def child(backend, *command, timeout=280, **env):
 @pytest.mark.parametrize("mode", ["public", "raw"])
 def test_fuzz(mode, backend, request):
     for seed in range(request.config.getoption("--seeds")):
-        child(backend, "fuzz.py", mode, str(seed))
+        child(backend, "fuzz.py", mode, str(seed), backend.device)
 
 
 FORK = """

@@ -24,6 +24,7 @@ import backends
 import pytest
 
 TIME_LIMIT = 900  # seconds that a test may take until its worker is taken for hung: a packaging test compiles for minutes
+CUDA_TIME_LIMIT = 300  # there, nothing compiles for long but torch.compile
 
 
 class Sender:
@@ -95,7 +96,8 @@ class Worker:
         self.messages.put((self, None))
 
     def hung(self):
-        return self.running is not None and time.monotonic() - self.started > TIME_LIMIT
+        limit = CUDA_TIME_LIMIT if self.backend.device == "cuda" else TIME_LIMIT
+        return self.running is not None and time.monotonic() - self.started > limit
 
     def stop(self):
         with contextlib.suppress(ProcessLookupError):

@@ -17,6 +17,7 @@
 
 #include "core/dtypes.h"
 #include "core/error.h"
+#include "core/math.h"
 #include "cpu/row_kernels.h"
 #include "cpu/tuning.h"
 
@@ -176,6 +177,19 @@ void clear_parameters(const RowBackwardArgs& args) {
   if (args.grad_bias != nullptr) std::memset(args.grad_bias, 0, bytes);
 }
 
+// Weights of 1, for a bias without weights: rare, and kernels without weights but with a bias would be a quarter of LayerNorm's.
+std::vector<unsigned char> ones(DType dtype, std::int64_t count) {
+  std::vector<unsigned char> bytes(static_cast<std::size_t>(count) * size_of(dtype));
+  visit(dtype, [&](auto tag) {
+    using P = typename decltype(tag)::type;
+    P one;
+    if constexpr (sizeof(P) == 8) one = 1.0;
+    else one = FromFloat<P>::convert(1.0f);
+    for (std::size_t i = 0; i < bytes.size(); i += sizeof(P)) std::memcpy(bytes.data() + i, &one, sizeof(P));
+  });
+  return bytes;
+}
+
 bool huge_pages_wanted() {
   const char* value = std::getenv("NORMEXT_HUGE_PAGES");
   return value == nullptr || std::strcmp(value, "0") != 0;
@@ -214,6 +228,12 @@ void row_forward(RowNorm norm, const RowForwardArgs& args, const Parallel& paral
     if (args.stats != nullptr)
       std::memset(args.stats, 0, static_cast<std::size_t>(saved * args.rows) * accumulate_size_of(args.dtype));
     return;
+  }
+  if (args.weight == nullptr && args.bias != nullptr) {
+    const std::vector<unsigned char> weight = ones(args.param_dtype, args.cols);
+    RowForwardArgs with_weight = args;
+    with_weight.weight = weight.data();
+    return row_forward(norm, with_weight, parallel);
   }
   const std::int64_t passes = args.residual == nullptr ? 2 : 4;
   const std::int64_t bytes = args.rows * args.cols * passes * static_cast<std::int64_t>(accumulate_size_of(args.dtype));

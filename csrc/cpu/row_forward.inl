@@ -113,24 +113,29 @@ __attribute__((noinline)) void long_rows(const RowForwardArgs& args, bool stream
   }
 }
 
-// The plan's schedule is followed. Not without fma, the baseline that nobody runs for its speed: it compiles in 100 s rather than
-// 170.
-constexpr bool kFollowsPlan = NORMEXT_HAS_FMA != 0;
+// The plan's schedule is followed. Not without fma, the baseline that nobody runs for its speed (it compiles in 100 s rather than
+// 170), and not in float64.
+template <class T>
+constexpr bool kFollowsPlan = NORMEXT_HAS_FMA != 0 && sizeof(T) < 8;
 
 template <class Policy, class T, class P, class O, int kMode>
 void forward_rows(const RowForwardArgs& args, const cpu::ForwardPlan& plan, std::int64_t begin, std::int64_t end) {
   using cpu::RowSchedule;
   const bool stream = plan.stream, fused = args.residual != nullptr;
-  if constexpr (!kFollowsPlan) {
+  if constexpr (!kFollowsPlan<T>) {
     if (args.cols <= kSegment) batches<Policy, T, P, O, kMode, Source::kNear>(args, false, begin, end);
     else long_rows<Policy, T, P, O, kMode>(args, false, begin, end, [](std::int64_t) { return Ahead<T, 0>{}; });
   } else if (args.cols > kSegment) {
     const auto rows = [&](auto next_of) { long_rows<Policy, T, P, O, kMode>(args, stream, begin, end, next_of); };
+    const bool input_only = plan.schedule == RowSchedule::kFarBatches;
+    const auto fetched = [&](auto residual, std::int64_t r) {
+      auto next = row_ahead<T, O, decltype(residual)::value, 1>(args, stream, r, r);
+      if (input_only) next.output = {};
+      return next;
+    };
     if (plan.schedule == RowSchedule::kBatches) rows([](std::int64_t) { return Ahead<T, 0>{}; });
-    else if (plan.schedule == RowSchedule::kFarBatches)
-      rows([&](std::int64_t r) { return source_ahead<T, false, 1>(RowSource<T, false>(args, r), args.cols, 0); });
-    else if (fused) rows([&](std::int64_t r) { return row_ahead<T, O, true, 1>(args, stream, r, r); });
-    else rows([&](std::int64_t r) { return row_ahead<T, O, false, 1>(args, stream, r, r); });
+    else if (fused && !input_only) rows([&](std::int64_t r) { return fetched(std::true_type(), r); });
+    else rows([&](std::int64_t r) { return fetched(std::false_type(), r); });
   } else {
     if (plan.schedule == RowSchedule::kBatches) batches<Policy, T, P, O, kMode, Source::kNear>(args, stream, begin, end);
     else if (plan.schedule == RowSchedule::kFarBatches) batches<Policy, T, P, O, kMode, Source::kFar>(args, stream, begin, end);
@@ -196,7 +201,6 @@ void forward_with_types(const RowForwardArgs& args, const cpu::ForwardPlan& plan
   if constexpr (Policy::kCentred) {
     if (args.weight != nullptr && args.bias != nullptr) return forward_as<Policy, T, P, O, kWeight | kBias>(args, plan);
     if (args.weight != nullptr) return forward_as<Policy, T, P, O, kWeight>(args, plan);
-    if (args.bias != nullptr) return forward_as<Policy, T, P, O, kBias>(args, plan);
   } else if (args.weight != nullptr) {
     if constexpr (sizeof(T) == 2) {
       if (args.rounding == Rounding::kLlama) return forward_as<Policy, T, P, O, kWeight | kRoundBeforeWeight>(args, plan);

@@ -16,7 +16,7 @@ constexpr std::int64_t kTermsPerSum = 16;  // that any accumulator takes in sequ
 constexpr std::int64_t kMaxRuns = 128;     // of rows, for parameter gradients
 constexpr std::int64_t kMaxUnit = 64;      // columns to which the widest instruction set pads a row of sums
 
-// How a thread goes through its rows; the result is the same. Without fma kBatches is all there is.
+// How a thread goes through its rows; the result is the same. Without fma, and in float64, kBatches is all there is.
 enum class RowSchedule {
   kBatches,     // statistics of a batch of rows, then its output
   kFarBatches,  // the same, and the next batch is fetched meanwhile
@@ -52,7 +52,7 @@ struct BackwardPlan {
 };
 
 struct RowKernels {
-  void (*forward)(const RowForwardArgs& args, const ForwardPlan& plan);
+  void (*forward)(const RowForwardArgs& args, const ForwardPlan& plan);  // a bias comes with a weight
   void (*backward)(const RowBackwardArgs& args, const BackwardPlan& plan);
 };
 

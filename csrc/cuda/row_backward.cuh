@@ -281,9 +281,9 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
   if (cluster) cluster_arrive();
   const std::int64_t segment = several ? part * mapping.warps + warp % mapping.warps : 0;
   const LaneColumns<V> columns = lane_columns<V>(tree, segment, lane, in_team && segment < tree.segments);
+  dependency_wait();
   Tile<P, V, kSlots> weight;
   weight.load_or(static_cast<const P*>(args.weight), columns, params.weight_aligned, 1.0f);
-  dependency_wait();
 
   if (cluster) cluster_wait();
   int parity = 0;

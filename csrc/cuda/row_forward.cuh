@@ -261,9 +261,9 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
 
   // Shared memory of a peer may be written only once the peer runs: say so now, ask just before the first write.
   if (mapping.blocks_per_row > 1) cluster_arrive();
+  dependency_wait();
   Params<Norm, T, P, V, kSlots, true> weights;
   if constexpr (!kResidual) weights.prefetch(params, columns);
-  dependency_wait();
 
   Tile<T, V, kSlots> x;
   if (active) load_rows(x, params, kResidual, row, columns);

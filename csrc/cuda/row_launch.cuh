@@ -18,8 +18,8 @@ inline Device describe(int device) {
   return {limits.sm_count, limits.max_cluster, limits.smem_per_block};
 }
 
-// NORMEXT_PDL=1: kernels may start before the preceding kernel of the stream ends (programmatic dependent launch, sm_90+).
-// Weights and biases are read before that wait: whoever turns this on promises that the kernel before does not write them.
+// NORMEXT_PDL=1: kernels may start before the preceding kernel of the stream ends (programmatic dependent launch, sm_90+). All
+// reads come after the wait for it, those of parameters too: a cast under autocast or our own copy may have just written them.
 inline bool dependent_launch() {
   static const bool wanted = [] {
     const char* value = std::getenv("NORMEXT_PDL");

@@ -68,8 +68,16 @@ ChannelGeometry check(const ChannelForward& request) {
   const Tensor& input = request.input;
   ChannelGeometry geometry = check_geometry(
       op, input, request.groups, {request.weight, request.bias, request.running_mean, request.running_var}, request.activation);
-  // What is both formats (one channel, or one position) torch's batch norm calls contiguous; its gradient and group norm do not.
-  if (request.groups == 0 && input.is_contiguous()) geometry.channels_last = false;
+  // What is both formats (one channel, or one position) torch's batch norm calls contiguous, and what is dense in channels-last but
+  // for the stride of a single image, channels-last; its gradient and group norm do not.
+  if (request.groups == 0) {
+    if (input.is_contiguous()) {
+      geometry.channels_last = false;
+    } else if (is_dense_channels_last(input)) {
+      geometry.channels_last = true;
+      geometry.shape.layout = ChannelLayout::kChannelsLast;
+    }
+  }
   check_parameter(op, "weight", request.weight, input, geometry.param_dtype);
   check_parameter(op, "bias", request.bias, input, geometry.param_dtype);
   if ((request.running_mean == nullptr) != (request.running_var == nullptr)) {

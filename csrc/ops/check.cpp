@@ -95,4 +95,6 @@ bool has_channels_last_strides(const Tensor& tensor) {
   return true;
 }
 
+bool is_dense_channels_last(const Tensor& tensor) { return has_such_rank(tensor) && has_channels_last_strides(tensor); }
+
 }  // namespace normext::ops

@@ -28,5 +28,6 @@ bool is_channels_last(const Tensor& tensor);
 bool images_are_channels_last(const Tensor& tensor);  // each; the batch may lie anyhow, as in x[i].unsqueeze(0)
 Tensor allocate_channels_last(const Tensor& like, DType dtype);
 bool has_channels_last_strides(const Tensor& tensor);  // dense in that format; sizes of 1 may have any stride
+bool is_dense_channels_last(const Tensor& tensor);     // the same, of 4 or 5 dimensions: torch's is_contiguous() of that format
 
 }  // namespace normext::ops

@@ -76,6 +76,7 @@ Tensor::Tensor(AtenTensorHandle owned) noexcept : handle_(owned) {
 Tensor& Tensor::operator=(Tensor&& other) noexcept {
   std::swap(handle_, other.handle_);
   std::swap(present_, other.present_);
+  std::swap(fresh_, other.fresh_);
   std::swap(dtype_, other.dtype_);
   std::swap(device_, other.device_);
   std::swap(ndim_, other.ndim_);
@@ -131,13 +132,32 @@ std::string Tensor::device_text() const {
 const void* Tensor::data() const {
   const void* pointer = nullptr;
   check(torch_get_const_data_ptr(handle_, &pointer), "give the address of a tensor");
+  check_memory(pointer);
   return pointer;
 }
 
 void* Tensor::mutable_data() const {
   void* pointer = nullptr;
   check(torch_get_mutable_data_ptr(handle_, &pointer), "give the address of a tensor");
+  check_memory(pointer);
   return pointer;
+}
+
+void Tensor::check_memory(const void* pointer) const {
+  if (fresh_) return;
+  std::int64_t held = 0, offset = 0;
+  check(aoti_torch_get_storage_size(handle_, &held), "give the size of a storage");
+  check(aoti_torch_get_storage_offset(handle_, &offset), "give the place of a tensor in its storage");
+  std::uint64_t last = static_cast<std::uint64_t>(offset);
+  for (int d = 0; d < ndim(); ++d) {
+    if (sizes_[d] == 0) return;
+    last += static_cast<std::uint64_t>(sizes_[d] - 1) * static_cast<std::uint64_t>(strides_[d]);
+  }
+  DType dtype;
+  const std::uint64_t item = from_torch_dtype(dtype_, &dtype) ? size_of(dtype) : 1;
+  const bool at_null = reinterpret_cast<std::uintptr_t>(pointer) == static_cast<std::uint64_t>(offset) * item;
+  if (!at_null && (last + 1) * item <= static_cast<std::uint64_t>(held)) return;
+  refuse("normext: a tensor of shape " + shape_text() + " has no memory, or too little");
 }
 
 Tensor allocate(int ndim, const std::int64_t* sizes, const std::int64_t* strides, DType dtype, Device device) {
@@ -147,6 +167,7 @@ Tensor allocate(int ndim, const std::int64_t* sizes, const std::int64_t* strides
     throw std::bad_alloc();
   }
   Tensor tensor(handle);
+  tensor.set_fresh();
   if (device.is_cpu()) {
     std::size_t bytes = size_of(dtype);
     for (int d = 0; d < ndim; ++d) bytes *= static_cast<std::size_t>(sizes[d]);
@@ -187,7 +208,10 @@ Tensor allocate_none(const Tensor& like) {
   return allocate({0}, dtype, like.device());
 }
 
-void copy(const Tensor& from, const Tensor& to) { check(aoti_torch_copy_(to.get(), from.get(), 0), "copy a tensor"); }
+void copy(const Tensor& from, const Tensor& to) {
+  from.data();  // refuses a tensor without memory; torch reads it
+  check(aoti_torch_copy_(to.get(), from.get(), 0), "copy a tensor");
+}
 
 void fill_zero(const Tensor& tensor) { check(aoti_torch_zero_(tensor.get()), "fill a tensor"); }
 

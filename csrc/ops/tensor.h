@@ -74,10 +74,15 @@ class Tensor {
 
   const void* data() const;  // leaves a lazily copied tensor shared
   void* mutable_data() const;
+  void set_fresh() { fresh_ = true; }
 
  private:
+  // Storages can be freed or shrunk under a tensor, as sharded training does. Kernels would read there, or take null for absent.
+  void check_memory(const void* pointer) const;
+
   AtenTensorHandle handle_ = nullptr;
   bool present_ = false;
+  bool fresh_ = false;  // from allocate(): nobody has freed its memory
   std::int32_t dtype_ = 0;
   Device device_;
   std::int64_t ndim_ = 0;
