@@ -113,9 +113,11 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def accepts_dtypes(input: Tensor, *parameters: Tensor | None) -> bool:
-    """Parameters of the input's dtype, or float32 with 16-bit input, and all alike."""
-    if not all(isinstance(tensor, Tensor) for tensor in (input, *parameters) if tensor is not None):
-        return False
+    """Parameters of the input's dtype, or float32 with 16-bit input, and all alike. Not subclasses that wrap tensors, such as
+    DTensor; the question is one that Dynamo answers for them, too."""
+    for tensor in (input, *parameters):
+        if tensor is not None and (not isinstance(tensor, Tensor) or hasattr(type(tensor), "__tensor_flatten__")):
+            return False
     given = {parameter.dtype for parameter in parameters if parameter is not None}
     allowed = ({input.dtype}, {torch.float32}) if input.dtype in _NARROW else ({input.dtype},)
     return input.dtype in _DTYPES and (not given or given in allowed)

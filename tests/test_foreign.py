@@ -103,6 +103,12 @@ for pair in pairs:
         buffers = [b.full_tensor() if hasattr(b, "full_tensor") else b for b in module.buffers()]
         found.append([y, torch.autograd.grad(y.square().sum(), x)[0], *buffers])
     assert all(a.equal(b) for a, b in zip(*found, strict=True)), pair
+for module in (normext.LayerNorm(8), normext.RMSNorm(8), normext.GroupNorm(2, 4), normext.BatchNorm1d(4)):
+    model = parallelize_module(nn.Sequential(module), mesh, {"0": SequenceParallel()})
+    x = torch.randn(2, 4, 8, requires_grad=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    (a,), (b,) = (torch.autograd.grad(f(x).square().sum(), x) for f in (model, compiled))
+    assert a.equal(b), module
 x = distribute_tensor(torch.randn(2, 4, 8), mesh, [Shard(1)])
 weight = distribute_tensor(torch.rand(8), mesh)
 y, total = normext.add_rms_norm(x, x, (8,), weight, weight_offset=1.0)
