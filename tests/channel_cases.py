@@ -21,7 +21,8 @@ LEAVES = ("x", "residual", "weight", "bias")
 BUDGET = 1 << 15  # elements on the emulator
 
 # (batch, channels, spatial, groups), around the boundaries of the schedules: 2-D to 5-D inputs, one image, one channel, one
-# spatial element, odd sizes, more channels than a block has threads, slabs of one and of several segments.
+# spatial element, odd sizes, short planes of many images, more channels than a block has threads, slabs of one and of several
+# segments.
 SHAPES = (
     (64, 10, (), 2),
     (33, 300, (), 300),
@@ -35,6 +36,8 @@ SHAPES = (
     (8, 1, (12, 5), 1),
     (3, 1030, (2, 2), 103),
     (5, 96, (7, 7), 1),
+    (5, 70, (6, 5), 7),
+    (37, 41, (2, 3), 41),
     (1, 64, (28, 28), 32),
     (2, 5, (3, 4, 5), 5),
     (2, 6, (129, 65), 2),

@@ -34,6 +34,14 @@ MUTANTS = (
         RUNNING,
     ),
     Mutant(
+        "last image of a segment of short planes left out of the squares",
+        "csrc/cpu/channel_planes.inl",
+        "block.template add_images<2>(begin, end, deviations,",
+        "block.template add_images<2>(begin, end > begin + 1 ? end - 1 : end, deviations,",
+        "avx2",
+        CHANNEL_ACCURACY,
+    ),
+    Mutant(
         "16-bit rows woven in the wrong place",
         "csrc/cpu/transpose.inl",
         "load_bytes<Half>(x + cols)",

@@ -8,6 +8,13 @@
 
 namespace normext::cpu {
 
+// Planes of batch norm that count as short, in at least so many images and channels (channel_short.inl).
+constexpr std::int64_t kLeastShort = 2;
+constexpr std::int64_t kMostShort = 36;
+constexpr std::int64_t kMostShortOfStatistics = 63;
+constexpr std::int64_t kLeastShortImages = 4;
+constexpr std::int64_t kLeastShortChannels = 32;
+
 constexpr std::int64_t kColumnStep = 32;  // channels: a whole number of units of every instruction set
 
 // How a call is divided. All that shapes a sum (piece, pieces) follows from the shape and dtype alone; `resident` and the number of
@@ -19,6 +26,7 @@ struct ChannelPlan {
   Parallel parallel;
   std::int64_t piece = 0;   // planes: values of a line that make a segment; channels-last: rows of an image that make a run
   std::int64_t pieces = 1;  // of a line, or of an image
+  std::int64_t images = 0;  // short planes: of a segment; others: 0
   std::int64_t padded = 0;  // stride of arrays over columns
   // A unit of work (a column of lines, a block of columns of an image) fits L2: everything is done for it before the next is begun.
   // Otherwise threads share each pass over the whole input.

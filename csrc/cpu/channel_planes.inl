@@ -6,7 +6,7 @@
 // plan.partial: moments [3, images * pieces, padded columns], a column for each slab.
 #pragma once
 
-#include "cpu/channel_sums.inl"
+#include "cpu/channel_short.inl"
 
 namespace normext {
 inline namespace NORMEXT_ISA {
@@ -95,13 +95,17 @@ NORMEXT_INLINE void apply_units(Activation activation, const T* x, const T* resi
 template <class T, bool kFused>
 struct PlanesForward {
   using A = Accumulate<T>;
+  using V = Vector<A>;
 
   const ChannelForwardArgs& args;
   const cpu::ChannelPlan& plan;
   const ChannelShape& shape = args.shape;
-  const std::int64_t images = shape.batch_norm() ? shape.batch : 1;
+  const std::int64_t images = shape.batch_norm() && plan.images == 0 ? shape.batch : 1;
   const std::int64_t columns = shape.slabs();
-  const std::int64_t line = shape.batch_norm() ? shape.spatial : shape.group_channels() * shape.spatial;
+  // Short planes: those of a channel.
+  const std::int64_t line = plan.images != 0     ? shape.batch * shape.spatial
+                            : shape.batch_norm() ? shape.spatial
+                                                 : shape.group_channels() * shape.spatial;
 
   NORMEXT_INLINE Segments<A> segments() const {
     const std::int64_t count = images * plan.pieces;
@@ -169,7 +173,102 @@ struct PlanesForward {
     }
   }
 
+  // Moments of segment `piece` of the channels of a block.
+  __attribute__((noinline)) void short_moments(const ShortBlock<T>& block, std::int64_t piece) const {
+    const std::int64_t begin = piece * plan.images, end = smaller(begin + plan.images, shape.batch);
+    const T* x = static_cast<const T*>(args.input);
+    alignas(V) A sums[3][kMostShortChannels];
+    ShortColumns<A> over_images[1], centre, deviations[2];
+    block.template add_images<1>(begin, end, over_images,
+                                 [&](std::int64_t i, std::int64_t, auto extent, Sums<A, 1>& s)
+                                     __attribute__((always_inline)) { s.of[0] = s.of[0] + load<T>(x + i, extent); });
+    block.add_positions(over_images[0], sums[0]);
+    const V size = V{} + static_cast<A>((end - begin) * shape.spatial);
+    for (std::int64_t c = 0; c < block.channels; c += kLanes<A>) store_bytes(sums[0] + c, load_bytes<V>(sums[0] + c) / size);
+    block.spread(centre, [&](std::int64_t c) { return sums[0][c - block.first]; });
+    block.template add_images<2>(begin, end, deviations,
+                                 [&](std::int64_t i, std::int64_t column, auto extent, Sums<A, 2>& s)
+                                     __attribute__((always_inline)) {
+                                       const Pair<A> v = load<T>(x + i, extent), m = load<T>(centre.of + column, extent);
+                                       const Pair<A> d = {v.a - m.a, v.b - m.b};
+                                       s.of[0] = s.of[0] + d;
+                                       s.of[1] = {fma(d.a, d.a, s.of[1].a), fma(d.b, d.b, s.of[1].b)};
+                                     });
+    for (int q = 0; q < 2; ++q) block.add_positions(deviations[q], sums[1 + q]);
+    A* out = static_cast<A*>(plan.partial) + piece * plan.padded + block.first;
+    for_units<A>(0, block.channels, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
+      const Pair<A> m = load<A>(sums[0] + c, extent), d = load<A>(sums[1] + c, extent), d2 = load<A>(sums[2] + c, extent);
+      const Moments<V> a = moments(m.a, d.a, d2.a, size), b = moments(m.b, d.b, d2.b, size);
+      store<A>(out + c, {a.mean, b.mean}, extent);
+      store<A>(out + plan.pieces * plan.padded + c, {a.correction, b.correction}, extent);
+      store<A>(out + 2 * plan.pieces * plan.padded + c, {a.m2, b.m2}, extent);
+    });
+  }
+
+  // kImages images from `image` on.
+  template <int kImages>
+  NORMEXT_INLINE void short_output(const ShortBlock<T>& block, const ShortColumns<A> (&scalars)[5], std::int64_t image) const {
+    const T* x = static_cast<const T*>(args.input) + block.offset(image);
+    const T* residual = at(static_cast<const T*>(args.residual), block.offset(image));
+    T* y = static_cast<T*>(args.output) + block.offset(image);
+    for_output_units<A>(0, block.columns(), [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
+      Pair<A> s[5], z[kImages];
+#pragma GCC unroll 5
+      for (int k = 0; k < 5; ++k) s[k] = load<T>(scalars[k].of + column, extent);
+      const CentredRow<V> a = {s[0].a, s[1].a, s[2].a}, b = {s[0].b, s[1].b, s[2].b};
+#pragma GCC unroll 4
+      for (int r = 0; r < kImages; ++r) {
+        z[r] = load<T>(x + r * block.image_stride() + column, extent);
+        z[r] = {ChannelNorm::affine(z[r].a, a, s[3].a, s[4].a), ChannelNorm::affine(z[r].b, b, s[3].b, s[4].b)};
+      }
+      if constexpr (kFused) {
+        if (residual != nullptr) {
+#pragma GCC unroll 4
+          for (int r = 0; r < kImages; ++r) z[r] = z[r] + load<T>(residual + r * block.image_stride() + column, extent);
+        }
+        activate_all<A>(args.activation, z);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kImages; ++r) store<T>(y + r * block.image_stride() + column, z[r], extent);
+    });
+  }
+  // Output of a block in images [begin, end).
+  __attribute__((noinline)) void short_outputs(const ShortBlock<T>& block, std::int64_t begin, std::int64_t end) const {
+    const Parameter<T> weight = weight_of<T>(args), bias = bias_of<T>(args);
+    const A* stats = static_cast<const A*>(args.stats);
+    ShortColumns<A> scalars[5];
+    for (int k = 0; k < 3; ++k) block.spread(scalars[k], [&](std::int64_t c) { return stats[k * columns + c]; });
+    block.spread(scalars[3], [&](std::int64_t c) { return weight[c]; });
+    block.spread(scalars[4], [&](std::int64_t c) { return bias[c]; });
+    std::int64_t image = begin;
+    for (; end - image >= kSharedImages; image += kSharedImages) short_output<kSharedImages>(block, scalars, image);
+    for (; image < end; ++image) short_output<1>(block, scalars, image);
+  }
+  // body(block) over channels [begin, end).
+  template <class Body>
+  NORMEXT_INLINE void for_short_blocks(std::int64_t begin, std::int64_t end, Body body) const {
+    const std::int64_t most = ShortBlock<T>::channels_of(shape, 1);
+    for (std::int64_t c = begin; c < end; c += most) body(ShortBlock<T>{shape, c, smaller(most, end - c)});
+  }
+  void run_short() const {
+    if (args.given_stats) {
+      if (args.output == nullptr) return;
+      for_ranges(plan.parallel, shape.batch, [&](std::int64_t begin, std::int64_t end) {
+        for_short_blocks(0, columns, [&](const ShortBlock<T>& block) { short_outputs(block, begin, end); });
+      });
+      return;
+    }
+    for_ranges(plan.parallel, columns, [&](std::int64_t begin, std::int64_t end) {
+      for_short_blocks(begin, end, [&](const ShortBlock<T>& block) {
+        for (std::int64_t piece = 0; piece < plan.pieces; ++piece) short_moments(block, piece);
+        merge_columns(segments(), SlabSink<A>(args), 0, block.first, block.first + block.channels);
+        if (args.output != nullptr) short_outputs(block, 0, shape.batch);
+      });
+    });
+  }
+
   void run() const {
+    if (plan.images != 0) return run_short();
     if (!args.given_stats) {
       if (plan.resident) {
         return for_ranges(plan.parallel, columns, [&](std::int64_t begin, std::int64_t end) { resident_columns(begin, end); });

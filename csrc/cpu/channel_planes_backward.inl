@@ -65,7 +65,9 @@ struct PlanesBackward {
   const cpu::ChannelPlan& plan;
   const ChannelShape& shape = args.shape;
   const std::int64_t channels = shape.channels;
-  const std::int64_t planes = shape.batch * shape.channels;
+  // Those that have sums: of short planes all that make a segment count as one.
+  const std::int64_t images = plan.images != 0 ? (shape.batch + plan.images - 1) / plan.images : shape.batch;
+  const std::int64_t planes = images * shape.channels;
   const std::int64_t group = shape.group_channels();
   const T* const input = static_cast<const T*>(args.input);
   const T* const grad_output = static_cast<const T*>(args.grad_output);
@@ -163,7 +165,7 @@ struct PlanesBackward {
   }
 
   void sum_images(std::int64_t begin, std::int64_t end) const {
-    for (int q = 0; q < 2; ++q) sum_table(plane_sums + q * planes, channels, shape.batch, totals + q * channels, begin, end);
+    for (int q = 0; q < 2; ++q) sum_table(plane_sums + q * planes, channels, images, totals + q * channels, begin, end);
   }
 
   // Means of slabs [begin, end).
@@ -184,7 +186,7 @@ struct PlanesBackward {
   }
 
   template <bool kFixed, int kUnits, class Extent>
-  NORMEXT_INLINE void value_units(std::int64_t i, const Plane& plane, A mean_g, A mean_gx, Extent extent) const {
+  NORMEXT_INLINE void value_units(std::int64_t i, const Plane& plane, Pair<A> mean_g, Pair<A> mean_gx, Extent extent) const {
     constexpr bool kInput = kFused || !kFixed;
     const T* extra[kUnits];
     Pair<A> xhat[kUnits] = {}, dz[kUnits];
@@ -199,8 +201,7 @@ struct PlanesBackward {
     }
 #pragma GCC unroll 2
     for (int u = 0; u < kUnits; ++u) {
-      store_gradients<T, kFixed>(args, i + u * kUnit<A>, plane.slab, plane.weight, dz[u], xhat[u], both<A>(V{} + mean_g),
-                                 both<A>(V{} + mean_gx), extent);
+      store_gradients<T, kFixed>(args, i + u * kUnit<A>, plane.slab, plane.weight, dz[u], xhat[u], mean_g, mean_gx, extent);
     }
   }
 
@@ -214,7 +215,8 @@ struct PlanesBackward {
     for (; begin < end; cursor.next(), offset = 0) {
       const std::int64_t stop = smaller(begin + shape.spatial - offset, end);
       const Plane plane = plane_of(cursor);
-      const A mean_g = kFixed ? 0 : of_g[cursor.slab], mean_gx = kFixed ? 0 : of_gx[cursor.slab];
+      const Pair<A> mean_g = both<A>(V{} + (kFixed ? A(0) : of_g[cursor.slab]));
+      const Pair<A> mean_gx = both<A>(V{} + (kFixed ? A(0) : of_gx[cursor.slab]));
       std::int64_t done = 0;
       for (; stop - begin - done >= 2 * kUnit<A>; done += 2 * kUnit<A>) {
         value_units<kFixed, 2>(begin + done, plane, mean_g, mean_gx, Whole{});
@@ -234,7 +236,7 @@ struct PlanesBackward {
   template <class Body>
   NORMEXT_INLINE void for_planes(std::int64_t begin, std::int64_t end, Body body) const {
     if (!shape.batch_norm()) return body(begin * group, end * group);
-    for (std::int64_t image = 0; image < shape.batch; ++image) body(image * channels + begin, image * channels + end);
+    for (std::int64_t image = 0; image < images; ++image) body(image * channels + begin, image * channels + end);
   }
 
   // Everything for slabs [begin, end), a block at a time.
@@ -274,8 +276,81 @@ struct PlanesBackward {
     });
   }
 
+  // Scalars of the columns of a block.
+  enum { kHi, kLo, kRstd, kWeight, kBias, kMeanG, kMeanGx, kScalars };
+  using Columns = ShortColumns<A>[kScalars];
+  NORMEXT_INLINE void spread_scalars(const ShortBlock<T>& block, Columns& scalars) const {
+    const A* stats = static_cast<const A*>(args.stats);
+    for (int k = 0; k < 3; ++k) block.spread(scalars[kHi + k], [&](std::int64_t c) { return stats[k * channels + c]; });
+    block.spread(scalars[kWeight], [&](std::int64_t c) { return weight[c]; });
+    if constexpr (kFused) block.spread(scalars[kBias], [&](std::int64_t c) { return bias[c]; });
+  }
+  template <class Extent>
+  NORMEXT_INLINE static Plane columns_of(const Columns& scalars, std::int64_t column, Extent extent) {
+    Pair<A> s[5];
+    for (int k = 0; k < 5; ++k) s[k] = k == kBias && !kFused ? Pair<A>{} : load<T>(scalars[k].of + column, extent);
+    return {{{s[kHi].a, s[kLo].a, s[kRstd].a}, {s[kHi].b, s[kLo].b, s[kRstd].b}}, s[kWeight], s[kBias]};
+  }
+  // Sums of a segment of a block.
+  __attribute__((noinline)) void short_sums(const ShortBlock<T>& block, std::int64_t segment, const Columns& scalars) const {
+    const std::int64_t begin = segment * plan.images, end = smaller(begin + plan.images, shape.batch);
+    ShortColumns<A> of_columns[2];
+    block.template add_images<2>(
+        begin, end, of_columns,
+        [&](std::int64_t i, std::int64_t column, auto extent, Sums<A, 2>& s) __attribute__((always_inline)) {
+          const Plane plane = columns_of(scalars, column, extent);
+          Pair<A> xhat[1] = {load<T>(input + i, extent)}, dz[1] = {load<T>(grad_output + i, extent)};
+          const T* const extra[1] = {at(residual, i)};
+          backward_units<T, kFused>(args.activation, extra, plane.slab, plane.weight, plane.bias, xhat, dz, extent);
+          s.of[0] = s.of[0] + dz[0];
+          s.of[1] = {fma(dz[0].a, xhat[0].a, s.of[1].a), fma(dz[0].b, xhat[0].b, s.of[1].b)};
+        });
+    for (int q = 0; q < 2; ++q) {
+      alignas(V) A sums[kMostShortChannels];
+      block.add_positions(of_columns[q], sums);
+      A* out = plane_sums + q * planes + segment * channels + block.first;
+      for (std::int64_t c = 0; c < block.channels; ++c) out[c] = sums[c];
+    }
+  }
+  // dx and dz of a block.
+  template <bool kFixed>
+  __attribute__((noinline)) void short_values(const ShortBlock<T>& block, Columns& scalars) const {
+    for (int k = 0; !kFixed && k < 2; ++k) {
+      block.spread(scalars[kMeanG + k], [&](std::int64_t c) { return means[k * channels + c]; });
+    }
+    for (std::int64_t image = 0; image < shape.batch; ++image) {
+      const std::int64_t first = block.offset(image);
+      for_output_units<A>(0, block.columns(), [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
+        Pair<A> mean_g = {}, mean_gx = {};
+        if constexpr (!kFixed) {
+          mean_g = load<T>(scalars[kMeanG].of + column, extent);
+          mean_gx = load<T>(scalars[kMeanGx].of + column, extent);
+        }
+        value_units<kFixed, 1>(first + column, columns_of(scalars, column, extent), mean_g, mean_gx, extent);
+      });
+    }
+  }
+  void short_blocks(std::int64_t begin, std::int64_t end) const {
+    const std::int64_t most = ShortBlock<T>::channels_of(shape, 2);
+    for (std::int64_t c = begin; c < end; c += most) {
+      const ShortBlock<T> block = {shape, c, smaller(most, end - c)};
+      Columns scalars;
+      spread_scalars(block, scalars);
+      if (wants_sums(args)) {
+        for (std::int64_t segment = 0; segment < images; ++segment) short_sums(block, segment, scalars);
+        sum_images(c, c + block.channels);
+      }
+      if (wants_means(args)) slab_means(c, c + block.channels);
+      if (!wants_values(args)) continue;
+      if (values_need_no_sums(args)) short_values<true>(block, scalars);
+      else short_values<false>(block, scalars);
+    }
+  }
+
   void run() const {
-    if (plan.resident) {
+    if (plan.images != 0) {
+      for_ranges(plan.parallel, channels, [&](std::int64_t begin, std::int64_t end) { short_blocks(begin, end); });
+    } else if (plan.resident) {
       for_ranges(plan.parallel, shape.slabs(), [&](std::int64_t begin, std::int64_t end) { resident_slabs(begin, end); });
     } else {
       in_phases();

@@ -1,0 +1,81 @@
+// Batch norms of planes of a few values, many images. A segment is a channel in several images: columns of memory (channel,
+// position) are summed over the images in vectors, then the positions of each channel, and scalars are spread over the columns of a
+// block of channels once for all its images. Plane by plane, most of the time would go into scalars and sums across lanes.
+#pragma once
+
+#include "cpu/channel_sums.inl"
+
+namespace normext {
+inline namespace NORMEXT_ISA {
+namespace {
+
+constexpr std::int64_t kShortColumns = 1024;           // of a block of channels: five arrays of scalars fit L1
+constexpr std::int64_t kShortBlockBytes = 512 * 1024;  // of a block in all images
+constexpr int kSharedImages = 4;                       // that are written in one pass over the scalars
+constexpr std::int64_t kMostShortChannels = kShortColumns / cpu::kLeastShort + kMaxBatch;  // of a block; sums are whole batches
+
+// One value per column of a block.
+template <class A>
+struct ShortColumns {
+  alignas(NORMEXT_VECTOR_BYTES) A of[kShortColumns];
+};
+
+// Some channels of every image.
+template <class T>
+struct ShortBlock {
+  using A = Accumulate<T>;
+  using V = Vector<A>;
+
+  const ChannelShape& shape;
+  std::int64_t first, channels;  // of the block
+
+  NORMEXT_INLINE static std::int64_t channels_of(const ChannelShape& shape, int tensors) {
+    const std::int64_t bytes = shape.batch * shape.spatial * tensors * static_cast<std::int64_t>(sizeof(T));
+    const std::int64_t most = smaller(kShortColumns / shape.spatial, kShortBlockBytes / bytes);
+    return most < 1 ? 1 : most;
+  }
+  NORMEXT_INLINE std::int64_t columns() const { return channels * shape.spatial; }
+  NORMEXT_INLINE std::int64_t image_stride() const { return shape.channels * shape.spatial; }
+  // Offset of the block in an image.
+  NORMEXT_INLINE std::int64_t offset(std::int64_t image) const { return image * image_stride() + first * shape.spatial; }
+
+  // value(channel), of the shape's channels, for every column.
+  template <class Value>
+  NORMEXT_INLINE void spread(ShortColumns<A>& out, Value value) const {
+    A* p = out.of;
+    for (std::int64_t c = 0; c < channels; ++c, p += shape.spatial) {
+      const A x = value(first + c);
+      for (std::int64_t s = 0; s < shape.spatial; ++s) p[s] = x;
+    }
+  }
+  // sums[c] = sum over the columns of channel c of the block. `sums` is written in whole vectors.
+  __attribute__((noinline)) void add_positions(const ShortColumns<A>& from, A* sums) const {
+    for (std::int64_t c = 0; c < channels; c += kMaxBatch) {
+      const int count = static_cast<int>(smaller(kMaxBatch, channels - c));
+      V of_channel[kMaxBatch];
+      for (int r = 0; r < count; ++r) {
+        V lanes[1];
+        sum_columns<A>(
+            shape.spatial,
+            [&](std::int64_t column, auto extent, Sums<A, 1>& s)
+                __attribute__((always_inline)) { s.of[0] = s.of[0] + load<A>(from.of + (c + r) * shape.spatial + column, extent); },
+            lanes);
+        of_channel[r] = lanes[0];
+      }
+      sum_lanes_of_rows(of_channel, count, sums + c);
+    }
+  }
+  // Sums over images [begin, end) of kSums quantities of every column: add(offset, column, extent, sums), the offset being that of
+  // the column in its tensor.
+  template <int kSums, class Add>
+  NORMEXT_INLINE void add_images(std::int64_t begin, std::int64_t end, ShortColumns<A> (&out)[kSums], Add add) const {
+    for_units<A>(0, columns(), [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
+      Sums<A, kSums> sums = {};
+      for (std::int64_t image = begin; image < end; ++image) add(offset(image) + column, column, extent, sums);
+      for (int q = 0; q < kSums; ++q) store<T>(out[q].of + column, sums.of[q], extent);
+    });
+  }
+};
+}  // namespace
+}  // namespace NORMEXT_ISA
+}  // namespace normext
