@@ -324,6 +324,24 @@ def _fits(op, shape):
     return op != "instance_norm" or torch.Size(shape[2]).numel() > 1
 
 
+def _short_planes(at):
+    """Batch norms of planes of a few values in several images: what their kernels meet."""
+    shape = (5, 70, (6, 5), 7)
+    for dtype, params in MIXES:
+        yield at(*shape, dtype=dtype, param_dtype=params, residual=True, activation="silu", running=params)
+        yield at(*shape, dtype=dtype, param_dtype=params, training=False, running=params)
+    for mean in MEANS[1:]:
+        yield at(*shape, mean=mean)
+        yield at(*shape, mean=mean, training=False)
+    for activation in ACTIVATIONS:
+        yield at(*shape, activation=activation)
+        yield at(*shape, activation=activation, residual=True, dtype=torch.bfloat16)
+    for weight, bias in ((False, False), (True, False), (False, True)):
+        yield at(*shape, weight=weight, bias=bias, residual=True)
+    yield at(40, 33, (2,), 1, data="outlier")
+    yield at(17, 34, (7, 9), 1, dtype=torch.bfloat16)
+
+
 def _accuracy():
     for op in OPS:
         for layout in BOTH:
@@ -334,6 +352,8 @@ def _accuracy():
                 return ChannelCase(op, *shape, layout=layout, **more)
 
             small, odd, wide = (4, 12, (6, 7), 3), (3, 15, (13, 11), 5), (2, 8, (64, 64), 2)
+            if op == "batch_norm" and layout == "contiguous":
+                yield from _short_planes(at)
             for dtype, params in MIXES[1:]:
                 for shape in (small, odd, wide):
                     yield at(*shape, dtype=dtype, param_dtype=params)
@@ -392,7 +412,7 @@ PARAM_GRADS = tuple(
     ChannelCase(op, *shape, grad=grad, dtype=dtype, layout=layout)
     for op in OPS
     for layout in BOTH
-    for shape in ((64, 3, (32, 32), 3), (2048, 4, (4, 2), 2), (25, 4, (29, 13), 1))
+    for shape in ((64, 3, (32, 32), 3), (2048, 4, (4, 2), 2), (2048, 32, (4, 2), 1), (25, 4, (29, 13), 1))
     for grad in ("normal", "uniform", "tenth", "per_channel", "mean_loss")
     for dtype in (torch.float32, torch.bfloat16)
     if dtype == torch.float32 or grad == "normal"
@@ -408,6 +428,7 @@ VARIANTS = (
     ChannelCase("batch_norm", 3, 6, (4, 5), residual=True, activation="silu", layout="channels_last"),
     ChannelCase("batch_norm", 3, 6, (4, 5), weight=False, bias=False, activation="gelu"),
     ChannelCase("batch_norm", 7, 6, (), activation="leaky_relu"),
+    ChannelCase("batch_norm", 5, 33, (2, 3), running=torch.float32, residual=True, activation="relu"),
     ChannelCase("batch_norm", 3, 6, (5,), bias=False),
     ChannelCase("group_norm", 3, 6, (), activation="silu"),
     ChannelCase("group_norm", 3, 6, (4, 5), weight=False, bias=False),

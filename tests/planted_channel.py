@@ -42,6 +42,14 @@ MUTANTS = (
         CHANNEL_ACCURACY,
     ),
     Mutant(
+        "segments of short planes of any number of images",
+        "csrc/cpu/channel_norm.cpp",
+        "piece_of(shape.batch, kTermsPerSum, 1)",
+        "shape.batch",
+        "avx2",
+        CHANNEL_ACCURACY,
+    ),
+    Mutant(
         "16-bit rows woven in the wrong place",
         "csrc/cpu/transpose.inl",
         "load_bytes<Half>(x + cols)",

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import normext
 
-CHANNELS = 6
+CHANNELS = 33
 
 
 def shards_of(world):

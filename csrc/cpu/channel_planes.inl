@@ -1,6 +1,7 @@
 // Channel norms forward on [batch, channels, spatial] for one instruction set.
 //
-// Statistics see lines: contiguous values of one slab. A group is one line; a channel of a batch norm has one in each image. Lines
+// Statistics see lines: contiguous values of one slab. A group is one line; a channel of a batch norm has one in each image, or
+// where planes are short, all its values count as one (channel_short.inl). Lines
 // are cut into segments; short lines are taken several at a time, as rows are in row_passes.inl. The output sees planes, each with
 // its own scalars, and may be cut anywhere.
 // plan.partial: moments [3, images * pieces, padded columns], a column for each slab.
@@ -12,7 +13,6 @@ namespace normext {
 inline namespace NORMEXT_ISA {
 namespace {
 
-constexpr std::int64_t kBlockBytes = 512 * 1024;  // of columns that are handled together: a quarter of L2
 constexpr std::int64_t kBlockColumns = 64;
 constexpr std::int64_t kBatchOfLines = 16384;  // bytes; in 16 bits 32 KB take 0.5 % longer
 
@@ -132,8 +132,32 @@ struct PlanesForward {
     }
   }
 
+  // Output values [begin, end) of groups of short planes.
+  __attribute__((noinline)) void apply_groups(std::int64_t begin, std::int64_t end) const {
+    const Parameter<T> weight = weight_of<T>(args), bias = bias_of<T>(args);
+    for_parts_of_groups<T>(
+        shape, begin, end,
+        [&](const ShortBlock<T>& block, std::int64_t slab, std::int64_t first, std::int64_t from, std::int64_t stop)
+            __attribute__((always_inline)) {
+              ShortColumns<A> w, b;
+              block.spread(w, [&](std::int64_t c) { return weight[c]; });
+              block.spread(b, [&](std::int64_t c) { return bias[c]; });
+              const CentredRow<A> row = slab_of<T>(args, slab);
+              const T* x = static_cast<const T*>(args.input) + from;
+              T* y = static_cast<T*>(args.output) + from;
+              for_output_units<A>(0, stop - from, [&](std::int64_t i, auto extent) __attribute__((always_inline)) {
+                const Pair<A> wi = load<T>(w.of + from - first + i, extent), bi = load<T>(b.of + from - first + i, extent);
+                Pair<A> z[1] = {load<T>(x + i, extent)};
+                z[0] = {ChannelNorm::affine(z[0].a, row, wi.a, bi.a), ChannelNorm::affine(z[0].b, row, wi.b, bi.b)};
+                if constexpr (kFused) activate_all<A>(args.activation, z);
+                store<T>(y + i, z[0], extent);
+              });
+            });
+  }
+
   // Output values [begin, end).
   __attribute__((noinline)) void apply(std::int64_t begin, std::int64_t end) const {
+    if (groups_of_short_planes(shape)) return apply_groups(begin, end);
     const Parameter<T> weight = weight_of<T>(args), bias = bias_of<T>(args);
     // Given statistics and no activation, wider types wait for memory alone, which is faster a unit at a time [Zen 4, us:
     // 8x64x112x112 939 -> 841, 8x256x56x56 1324 -> 1253; after statistics up to 4 % slower, with an activation up to 10 %].
@@ -177,7 +201,7 @@ struct PlanesForward {
   __attribute__((noinline)) void short_moments(const ShortBlock<T>& block, std::int64_t piece) const {
     const std::int64_t begin = piece * plan.images, end = smaller(begin + plan.images, shape.batch);
     const T* x = static_cast<const T*>(args.input);
-    alignas(V) A sums[3][kMostShortChannels];
+    alignas(V) A sums[3][kMostShortChannels<A>];
     ShortColumns<A> over_images[1], centre, deviations[2];
     block.template add_images<1>(begin, end, over_images,
                                  [&](std::int64_t i, std::int64_t, auto extent, Sums<A, 1>& s)
@@ -244,22 +268,28 @@ struct PlanesForward {
     for (; end - image >= kSharedImages; image += kSharedImages) short_output<kSharedImages>(block, scalars, image);
     for (; image < end; ++image) short_output<1>(block, scalars, image);
   }
-  // body(block) over channels [begin, end).
+  // body(block) over channels [begin, end), at most `most` to a block.
   template <class Body>
-  NORMEXT_INLINE void for_short_blocks(std::int64_t begin, std::int64_t end, Body body) const {
-    const std::int64_t most = ShortBlock<T>::channels_of(shape, 1);
+  NORMEXT_INLINE void for_short_blocks(std::int64_t begin, std::int64_t end, std::int64_t most, Body body) const {
     for (std::int64_t c = begin; c < end; c += most) body(ShortBlock<T>{shape, c, smaller(most, end - c)});
   }
   void run_short() const {
     if (args.given_stats) {
       if (args.output == nullptr) return;
-      for_ranges(plan.parallel, shape.batch, [&](std::int64_t begin, std::int64_t end) {
-        for_short_blocks(0, columns, [&](const ShortBlock<T>& block) { short_outputs(block, begin, end); });
-      });
+      const std::int64_t most = ShortBlock<T>::most_channels(shape);
+      const auto outputs = [&](std::int64_t c0, std::int64_t c1, std::int64_t begin, std::int64_t end) {
+        for_short_blocks(c0, c1, most, [&](const ShortBlock<T>& block) { short_outputs(block, begin, end); });
+      };
+      // Images are shared, as what made the input and what reads the output will have done, unless they are too few.
+      if (shape.batch >= kSharedImages * plan.parallel.threads) {
+        for_ranges(plan.parallel, shape.batch, [&](std::int64_t begin, std::int64_t end) { outputs(0, columns, begin, end); });
+      } else {
+        for_ranges(plan.parallel, columns, [&](std::int64_t begin, std::int64_t end) { outputs(begin, end, 0, shape.batch); });
+      }
       return;
     }
     for_ranges(plan.parallel, columns, [&](std::int64_t begin, std::int64_t end) {
-      for_short_blocks(begin, end, [&](const ShortBlock<T>& block) {
+      for_short_blocks(begin, end, ShortBlock<T>::channels_of(shape, 1), [&](const ShortBlock<T>& block) {
         for (std::int64_t piece = 0; piece < plan.pieces; ++piece) short_moments(block, piece);
         merge_columns(segments(), SlabSink<A>(args), 0, block.first, block.first + block.channels);
         if (args.output != nullptr) short_outputs(block, 0, shape.batch);

@@ -2,7 +2,7 @@
 //
 // Each plane gives sum(dz) and sum(dz*xhat), plane by plane or, where planes are long, segment by segment. From these come the
 // means of a slab and the parameter gradients; then dx and dz are formed from the input once more, cut anywhere. With fixed
-// statistics they are formed in the first pass. plan.partial: sums
+// statistics they are formed in the first pass, but not where planes are short. plan.partial: sums
 // [2, planes * pieces]; plan.merged: the same of whole planes; plan.rows: means [2, slabs] of g and g*xhat; plan.params: sums [2,
 // channels] over all images.
 #pragma once
@@ -65,9 +65,9 @@ struct PlanesBackward {
   const cpu::ChannelPlan& plan;
   const ChannelShape& shape = args.shape;
   const std::int64_t channels = shape.channels;
-  // Those that have sums: of short planes all that make a segment count as one.
-  const std::int64_t images = plan.images != 0 ? (shape.batch + plan.images - 1) / plan.images : shape.batch;
-  const std::int64_t planes = images * shape.channels;
+  // What has sums of its own: images and planes, or of short planes all that make a segment.
+  const std::int64_t parts = plan.images != 0 ? (shape.batch + plan.images - 1) / plan.images : shape.batch;
+  const std::int64_t planes = parts * shape.channels;
   const std::int64_t group = shape.group_channels();
   const T* const input = static_cast<const T*>(args.input);
   const T* const grad_output = static_cast<const T*>(args.grad_output);
@@ -92,6 +92,14 @@ struct PlanesBackward {
     const CentredRow<A> row = slab_of<T>(args, cursor.slab);
     const CentredRow<V> wide = {V{} + row.hi, V{} + row.lo, V{} + row.rstd};
     return {{wide, wide}, both<A>(V{} + weight[cursor.channel]), both<A>(V{} + bias[cursor.channel])};
+  }
+
+  template <class Extent>
+  NORMEXT_INLINE void read_unit(std::int64_t i, const Plane& plane, Pair<A> (&xhat)[1], Pair<A> (&dz)[1], Extent extent) const {
+    xhat[0] = load<T>(input + i, extent);
+    dz[0] = load<T>(grad_output + i, extent);
+    const T* const extra[1] = {at(residual, i)};
+    backward_units<T, kFused>(args.activation, extra, plane.slab, plane.weight, plane.bias, xhat, dz, extent);
   }
 
   // Sums of segments [begin, end), in the order of memory; with kValues their dx and dz, too, which need no sums then.
@@ -121,10 +129,8 @@ struct PlanesBackward {
                 next_x.fetch(column);
                 next_dy.fetch(column);
               }
-              Pair<A> xhat[1] = {load<T>(input + first + column, extent)};
-              Pair<A> dz[1] = {load<T>(grad_output + first + column, extent)};
-              const T* const extra[1] = {at(residual, first + column)};
-              backward_units<T, kFused>(args.activation, extra, plane.slab, plane.weight, plane.bias, xhat, dz, extent);
+              Pair<A> xhat[1], dz[1];
+              read_unit(first + column, plane, xhat, dz, extent);
               if constexpr (kValues) {
                 store_gradients<T, true>(args, first + column, plane.slab, plane.weight, dz[0], xhat[0], Pair<A>{}, Pair<A>{},
                                          extent);
@@ -165,7 +171,7 @@ struct PlanesBackward {
   }
 
   void sum_images(std::int64_t begin, std::int64_t end) const {
-    for (int q = 0; q < 2; ++q) sum_table(plane_sums + q * planes, channels, images, totals + q * channels, begin, end);
+    for (int q = 0; q < 2; ++q) sum_table(plane_sums + q * planes, channels, parts, totals + q * channels, begin, end);
   }
 
   // Means of slabs [begin, end).
@@ -205,9 +211,32 @@ struct PlanesBackward {
     }
   }
 
+  // dx and dz of values [begin, end) of groups of short planes.
+  template <bool kFixed>
+  __attribute__((noinline)) void values_of_groups(std::int64_t begin, std::int64_t end) const {
+    for_parts_of_groups<T>(
+        shape, begin, end,
+        [&](const ShortBlock<T>& block, std::int64_t slab, std::int64_t first, std::int64_t from, std::int64_t stop)
+            __attribute__((always_inline)) {
+              ShortColumns<A> w, b;
+              block.spread(w, [&](std::int64_t c) { return weight[c]; });
+              if constexpr (kFused) block.spread(b, [&](std::int64_t c) { return bias[c]; });
+              const CentredRow<A> row = slab_of<T>(args, slab);
+              const CentredRow<V> wide = {V{} + row.hi, V{} + row.lo, V{} + row.rstd};
+              const Pair<A> mean_g = both<A>(V{} + (kFixed ? A(0) : means[slab]));
+              const Pair<A> mean_gx = both<A>(V{} + (kFixed ? A(0) : means[shape.slabs() + slab]));
+              for_output_units<A>(0, stop - from, [&](std::int64_t i, auto extent) __attribute__((always_inline)) {
+                const std::int64_t column = from - first + i;
+                const Pair<A> wi = load<T>(w.of + column, extent), bi = kFused ? load<T>(b.of + column, extent) : Pair<A>{};
+                value_units<kFixed, 1>(from + i, Plane{{wide, wide}, wi, bi}, mean_g, mean_gx, extent);
+              });
+            });
+  }
+
   // dx and dz of values [begin, end).
   template <bool kFixed>
   __attribute__((noinline)) void values(std::int64_t begin, std::int64_t end) const {
+    if (groups_of_short_planes(shape)) return values_of_groups<kFixed>(begin, end);
     const A* of_g = means;
     const A* of_gx = means + shape.slabs();
     PlaneCursor cursor(shape, begin / shape.spatial);
@@ -236,7 +265,7 @@ struct PlanesBackward {
   template <class Body>
   NORMEXT_INLINE void for_planes(std::int64_t begin, std::int64_t end, Body body) const {
     if (!shape.batch_norm()) return body(begin * group, end * group);
-    for (std::int64_t image = 0; image < images; ++image) body(image * channels + begin, image * channels + end);
+    for (std::int64_t image = 0; image < shape.batch; ++image) body(image * channels + begin, image * channels + end);
   }
 
   // Everything for slabs [begin, end), a block at a time.
@@ -295,18 +324,17 @@ struct PlanesBackward {
   __attribute__((noinline)) void short_sums(const ShortBlock<T>& block, std::int64_t segment, const Columns& scalars) const {
     const std::int64_t begin = segment * plan.images, end = smaller(begin + plan.images, shape.batch);
     ShortColumns<A> of_columns[2];
-    block.template add_images<2>(
-        begin, end, of_columns,
-        [&](std::int64_t i, std::int64_t column, auto extent, Sums<A, 2>& s) __attribute__((always_inline)) {
-          const Plane plane = columns_of(scalars, column, extent);
-          Pair<A> xhat[1] = {load<T>(input + i, extent)}, dz[1] = {load<T>(grad_output + i, extent)};
-          const T* const extra[1] = {at(residual, i)};
-          backward_units<T, kFused>(args.activation, extra, plane.slab, plane.weight, plane.bias, xhat, dz, extent);
-          s.of[0] = s.of[0] + dz[0];
-          s.of[1] = {fma(dz[0].a, xhat[0].a, s.of[1].a), fma(dz[0].b, xhat[0].b, s.of[1].b)};
-        });
+    block.template add_images<2>(begin, end, of_columns,
+                                 [&](std::int64_t i, std::int64_t column, auto extent, Sums<A, 2>& s)
+                                     __attribute__((always_inline)) {
+                                       const Plane plane = columns_of(scalars, column, extent);
+                                       Pair<A> xhat[1], dz[1];
+                                       read_unit(i, plane, xhat, dz, extent);
+                                       s.of[0] = s.of[0] + dz[0];
+                                       s.of[1] = {fma(dz[0].a, xhat[0].a, s.of[1].a), fma(dz[0].b, xhat[0].b, s.of[1].b)};
+                                     });
     for (int q = 0; q < 2; ++q) {
-      alignas(V) A sums[kMostShortChannels];
+      alignas(V) A sums[kMostShortChannels<A>];
       block.add_positions(of_columns[q], sums);
       A* out = plane_sums + q * planes + segment * channels + block.first;
       for (std::int64_t c = 0; c < block.channels; ++c) out[c] = sums[c];
@@ -337,7 +365,7 @@ struct PlanesBackward {
       Columns scalars;
       spread_scalars(block, scalars);
       if (wants_sums(args)) {
-        for (std::int64_t segment = 0; segment < images; ++segment) short_sums(block, segment, scalars);
+        for (std::int64_t segment = 0; segment < parts; ++segment) short_sums(block, segment, scalars);
         sum_images(c, c + block.channels);
       }
       if (wants_means(args)) slab_means(c, c + block.channels);

@@ -9,15 +9,18 @@ namespace normext {
 inline namespace NORMEXT_ISA {
 namespace {
 
-constexpr std::int64_t kShortColumns = 1024;           // of a block of channels: five arrays of scalars fit L1
-constexpr std::int64_t kShortBlockBytes = 512 * 1024;  // of a block in all images
-constexpr int kSharedImages = 4;                       // that are written in one pass over the scalars
-constexpr std::int64_t kMostShortChannels = kShortColumns / cpu::kLeastShort + kMaxBatch;  // of a block; sums are whole batches
+constexpr int kSharedImages = 4;  // that are written in one pass over the scalars
+// Of a block of channels: five arrays of scalars fit L1.
+template <class A>
+constexpr std::int64_t kShortColumns = 4096 / sizeof(A);
+// Likewise, of channels; sums are written in whole batches.
+template <class A>
+constexpr std::int64_t kMostShortChannels = kShortColumns<A> / cpu::kLeastShort + kMaxBatch;
 
 // One value per column of a block.
 template <class A>
 struct ShortColumns {
-  alignas(NORMEXT_VECTOR_BYTES) A of[kShortColumns];
+  alignas(NORMEXT_VECTOR_BYTES) A of[kShortColumns<A>];
 };
 
 // Some channels of every image.
@@ -29,11 +32,13 @@ struct ShortBlock {
   const ChannelShape& shape;
   std::int64_t first, channels;  // of the block
 
+  // Channels of a block that is read again, in `tensors` tensors, and fits L2; but a unit of columns at least.
   NORMEXT_INLINE static std::int64_t channels_of(const ChannelShape& shape, int tensors) {
     const std::int64_t bytes = shape.batch * shape.spatial * tensors * static_cast<std::int64_t>(sizeof(T));
-    const std::int64_t most = smaller(kShortColumns / shape.spatial, kShortBlockBytes / bytes);
-    return most < 1 ? 1 : most;
+    const std::int64_t fit = kBlockBytes / bytes, least = (kUnit<A> + shape.spatial - 1) / shape.spatial;
+    return smaller(fit < least ? least : fit, most_channels(shape));
   }
+  NORMEXT_INLINE static std::int64_t most_channels(const ChannelShape& shape) { return kShortColumns<A> / shape.spatial; }
   NORMEXT_INLINE std::int64_t columns() const { return channels * shape.spatial; }
   NORMEXT_INLINE std::int64_t image_stride() const { return shape.channels * shape.spatial; }
   // Offset of the block in an image.
@@ -76,6 +81,24 @@ struct ShortBlock {
     });
   }
 };
+NORMEXT_INLINE bool groups_of_short_planes(const ChannelShape& shape) {
+  return !shape.batch_norm() && shape.group_channels() > 1 && shape.spatial <= cpu::kMostShort;
+}
+// body(block, slab, first, begin, end) for values [begin, end) of groups of short planes, a part of a group at a time: the channels
+// of the block have values from `first` on.
+template <class T, class Body>
+NORMEXT_INLINE void for_parts_of_groups(const ChannelShape& shape, std::int64_t begin, std::int64_t end, Body body) {
+  const std::int64_t group = shape.group_channels();
+  while (begin < end) {
+    const std::int64_t plane = begin / shape.spatial, first = plane * shape.spatial;
+    const ShortBlock<T> block = {shape, plane % shape.channels,
+                                 smaller(ShortBlock<T>::most_channels(shape), group - plane % group)};
+    const std::int64_t stop = smaller(end, first + block.columns());
+    body(block, plane / group, first, begin, stop);
+    begin = stop;
+  }
+}
+
 }  // namespace
 }  // namespace NORMEXT_ISA
 }  // namespace normext
