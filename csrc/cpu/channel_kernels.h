@@ -17,8 +17,8 @@ constexpr std::int64_t kLeastShortChannels = 32;
 
 constexpr std::int64_t kColumnStep = 32;  // channels: a whole number of units of every instruction set
 
-// How a call is divided. All that shapes a sum (piece, pieces, images) follows from the shape and dtype alone; `resident` and the
-// number of threads decide only who does the work, and when.
+// How a call is divided. All that shapes a sum (piece, pieces, images) follows from the shape, the dtype and the instruction set;
+// `resident` and the number of threads decide only who does the work, and when.
 //
 // The kernels see fewer kinds of shape than callers have: batch norm in channels-last is one image of batch * spatial rows whose
 // groups have one channel; planes of one value are channels-last; channels-last of one channel is planes.

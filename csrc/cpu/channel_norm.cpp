@@ -62,8 +62,9 @@ std::int64_t piece_of(std::int64_t n, std::int64_t most, std::int64_t unit) { re
 // where they are not. [Zen 4, two threads, without and with, us: BatchNorm 128x512x4x4 float32 574 -> 195, bfloat16 510 -> 163,
 // evaluation 216 -> 94, with gradients 1657 -> 939; 8x1280x7x7 bfloat16 118 -> 90, with residual and ReLU float32 160 -> 111, but
 // evaluation 49 -> 64 and backward as long as before; 8x256x14x14 a tenth more.]
-std::int64_t short_images(const ChannelShape& shape, std::int64_t most) {
-  const bool are_short = shape.layout == ChannelLayout::kPlanes && shape.batch_norm() && shape.spatial >= kLeastShort &&
+std::int64_t short_images(const ChannelShape& shape, DType dtype, std::int64_t most) {
+  const bool known = kernels().fused_multiply_add && dtype != DType::kFloat64;
+  const bool are_short = known && shape.layout == ChannelLayout::kPlanes && shape.batch_norm() && shape.spatial >= kLeastShort &&
                          shape.spatial <= most && shape.batch >= kLeastShortImages && shape.channels >= kLeastShortChannels;
   return are_short ? piece_of(shape.batch, kTermsPerSum, 1) : 0;
 }
@@ -146,7 +147,7 @@ void share(ChannelPlan& plan, const Parallel& parallel, const ChannelShape& shap
 std::size_t forward_plan(const ChannelForwardArgs& args, void* workspace, ChannelPlan& plan) {
   const ChannelShape& shape = args.shape;
   std::int64_t moments, rows = 0, params = 0;
-  plan.images = short_images(shape, args.given_stats ? kMostShort : kMostShortOfStatistics);
+  plan.images = short_images(shape, args.dtype, args.given_stats ? kMostShort : kMostShortOfStatistics);
   if (plan.images != 0) {
     plan.piece = plan.images * shape.spatial;
     plan.pieces = over(shape.batch, plan.images);
@@ -173,7 +174,7 @@ std::size_t forward_plan(const ChannelForwardArgs& args, void* workspace, Channe
 std::size_t backward_plan(const ChannelBackwardArgs& args, void* workspace, ChannelPlan& plan) {
   const ChannelShape& shape = args.shape;
   std::int64_t columns, rows, params;
-  plan.images = short_images(shape, kMostShort);
+  plan.images = short_images(shape, args.dtype, kMostShort);
   if (plan.images != 0) {
     columns = over(shape.batch, plan.images) * shape.channels;
     rows = params = 2 * shape.channels;

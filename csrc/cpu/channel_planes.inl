@@ -157,7 +157,9 @@ struct PlanesForward {
 
   // Output values [begin, end).
   __attribute__((noinline)) void apply(std::int64_t begin, std::int64_t end) const {
-    if (groups_of_short_planes(shape)) return apply_groups(begin, end);
+    if constexpr (kKnowsShortPlanes<T>) {
+      if (groups_of_short_planes(shape)) return apply_groups(begin, end);
+    }
     const Parameter<T> weight = weight_of<T>(args), bias = bias_of<T>(args);
     // Given statistics and no activation, wider types wait for memory alone, which is faster a unit at a time [Zen 4, us:
     // 8x64x112x112 939 -> 841, 8x256x56x56 1324 -> 1253; after statistics up to 4 % slower, with an activation up to 10 %].
@@ -265,8 +267,9 @@ struct PlanesForward {
     block.spread(scalars[3], [&](std::int64_t c) { return weight[c]; });
     block.spread(scalars[4], [&](std::int64_t c) { return bias[c]; });
     std::int64_t image = begin;
-    for (; end - image >= kSharedImages; image += kSharedImages) short_output<kSharedImages>(block, scalars, image);
-    for (; image < end; ++image) short_output<1>(block, scalars, image);
+    constexpr int shared = kSharedImages<kFused>;
+    for (; end - image >= shared; image += shared) short_output<shared>(block, scalars, image);
+    for (; shared > 1 && image < end; ++image) short_output<1>(block, scalars, image);
   }
   // body(block) over channels [begin, end), at most `most` to a block.
   template <class Body>
@@ -281,7 +284,7 @@ struct PlanesForward {
         for_short_blocks(c0, c1, most, [&](const ShortBlock<T>& block) { short_outputs(block, begin, end); });
       };
       // Images are shared, as what made the input and what reads the output will have done, unless they are too few.
-      if (shape.batch >= kSharedImages * plan.parallel.threads) {
+      if (shape.batch >= kSharedImages<false> * plan.parallel.threads) {
         for_ranges(plan.parallel, shape.batch, [&](std::int64_t begin, std::int64_t end) { outputs(0, columns, begin, end); });
       } else {
         for_ranges(plan.parallel, columns, [&](std::int64_t begin, std::int64_t end) { outputs(begin, end, 0, shape.batch); });
@@ -298,7 +301,9 @@ struct PlanesForward {
   }
 
   void run() const {
-    if (plan.images != 0) return run_short();
+    if constexpr (kKnowsShortPlanes<T>) {
+      if (plan.images != 0) return run_short();
+    }
     if (!args.given_stats) {
       if (plan.resident) {
         return for_ranges(plan.parallel, columns, [&](std::int64_t begin, std::int64_t end) { resident_columns(begin, end); });

@@ -236,7 +236,9 @@ struct PlanesBackward {
   // dx and dz of values [begin, end).
   template <bool kFixed>
   __attribute__((noinline)) void values(std::int64_t begin, std::int64_t end) const {
-    if (groups_of_short_planes(shape)) return values_of_groups<kFixed>(begin, end);
+    if constexpr (kKnowsShortPlanes<T>) {
+      if (groups_of_short_planes(shape)) return values_of_groups<kFixed>(begin, end);
+    }
     const A* of_g = means;
     const A* of_gx = means + shape.slabs();
     PlaneCursor cursor(shape, begin / shape.spatial);
@@ -375,14 +377,19 @@ struct PlanesBackward {
     }
   }
 
-  void run() const {
-    if (plan.images != 0) {
-      for_ranges(plan.parallel, channels, [&](std::int64_t begin, std::int64_t end) { short_blocks(begin, end); });
-    } else if (plan.resident) {
-      for_ranges(plan.parallel, shape.slabs(), [&](std::int64_t begin, std::int64_t end) { resident_slabs(begin, end); });
-    } else {
-      in_phases();
+  // Everything but the gradients of the parameters.
+  void sums_and_values() const {
+    if constexpr (kKnowsShortPlanes<T>) {
+      if (plan.images != 0) {
+        return for_ranges(plan.parallel, channels, [&](std::int64_t begin, std::int64_t end) { short_blocks(begin, end); });
+      }
     }
+    if (!plan.resident) return in_phases();
+    for_ranges(plan.parallel, shape.slabs(), [&](std::int64_t begin, std::int64_t end) { resident_slabs(begin, end); });
+  }
+
+  void run() const {
+    sums_and_values();
     if (!wants_totals(args)) return;
     if (!shape.batch_norm()) {
       for_columns(plan.parallel, channels, planes, [&](std::int64_t begin, std::int64_t end) { sum_images(begin, end); });

@@ -9,7 +9,11 @@ namespace normext {
 inline namespace NORMEXT_ISA {
 namespace {
 
-constexpr int kSharedImages = 4;  // that are written in one pass over the scalars
+// Not for the baseline and float64, which nobody runs for their speed: a megabyte less. ChannelPlan::images says so, too.
+template <class T>
+constexpr bool kKnowsShortPlanes = NORMEXT_HAS_FMA != 0 && sizeof(T) < 8;
+template <bool kFused>
+constexpr int kSharedImages = kFused ? 1 : 4;  // that are written in one pass over the scalars
 // Of a block of channels: five arrays of scalars fit L1.
 template <class A>
 constexpr std::int64_t kShortColumns = 4096 / sizeof(A);
