@@ -1,9 +1,8 @@
 // Channel norms forward on [batch, channels, spatial] for one instruction set.
 //
-// Statistics see lines: contiguous values of one slab. A group is one line; a channel of a batch norm has one in each image, or
-// where planes are short, all its values count as one (channel_short.inl). Lines
-// are cut into segments; short lines are taken several at a time, as rows are in row_passes.inl. The output sees planes, each with
-// its own scalars, and may be cut anywhere.
+// Statistics see lines: contiguous values of one slab. A group is one line; a channel of a batch norm has one in each image, or all
+// its values count as one where planes are short (channel_short.inl). Lines are cut into segments; short lines are taken several at
+// a time, as rows are in row_passes.inl. The output sees planes, each with its own scalars, and may be cut anywhere.
 // plan.partial: moments [3, images * pieces, padded columns], a column for each slab.
 #pragma once
 
