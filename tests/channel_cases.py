@@ -342,6 +342,22 @@ def _short_planes(at):
     yield at(17, 34, (7, 9), 1, dtype=torch.bfloat16)
 
 
+def _short_groups(at):
+    """Groups of such planes, of one block of columns and of several."""
+    several = (19, 96, (5, 7), 2)
+    for dtype, params in MIXES:
+        yield at(*several, dtype=dtype, param_dtype=params, activation="silu")
+        yield at(5, 70, (6, 5), 7, dtype=dtype, param_dtype=params)
+    for mean in MEANS[1:]:
+        yield at(*several, mean=mean)
+    for activation in ACTIVATIONS:
+        yield at(*several, activation=activation, grad="per_channel")
+    for weight, bias in ((False, False), (True, False), (False, True)):
+        yield at(*several, weight=weight, bias=bias, activation="gelu")
+    yield at(1, 512, (6, 6), 1)
+    yield at(1, 1024, (6, 6), 1)  # more values than such a group may have
+
+
 def _accuracy():
     for op in OPS:
         for layout in BOTH:
@@ -354,6 +370,8 @@ def _accuracy():
             small, odd, wide = (4, 12, (6, 7), 3), (3, 15, (13, 11), 5), (2, 8, (64, 64), 2)
             if op == "batch_norm" and layout == "contiguous":
                 yield from _short_planes(at)
+            if op == "group_norm" and layout == "contiguous":
+                yield from _short_groups(at)
             for dtype, params in MIXES[1:]:
                 for shape in (small, odd, wide):
                     yield at(*shape, dtype=dtype, param_dtype=params)

@@ -50,6 +50,14 @@ MUTANTS = (
         CHANNEL_ACCURACY,
     ),
     Mutant(
+        "blocks of a group of short planes after the first left out of its means",
+        "csrc/cpu/channel_planes_backward.inl",
+        "return of_block[q][i][r];",
+        "return i == 0 ? of_block[q][i][r] : A(0);",
+        "avx2",
+        CHANNEL_ACCURACY,
+    ),
+    Mutant(
         "16-bit rows woven in the wrong place",
         "csrc/cpu/transpose.inl",
         "load_bytes<Half>(x + cols)",
@@ -92,7 +100,7 @@ MUTANTS = (
     ),
     Mutant(
         "residual forgotten in the backward",
-        "csrc/cpu/channel_planes_backward.inl",
+        "csrc/cpu/channel_unit.inl",
         "if (residual[0] != nullptr) {",
         "if (false) {",
         "avx2",

@@ -16,6 +16,7 @@ SHAPES = [
     (10, (), 5, torch.float32),
     (96, (7, 7), 32, torch.bfloat16),
     (40, (5, 7), 8, torch.bfloat16),
+    (128, (3, 5), 2, torch.float32),
     (5, (3, 4, 5), 1, torch.float32),
     (8, (64, 70), 2, torch.bfloat16),
 ]

@@ -8,12 +8,14 @@
 
 namespace normext::cpu {
 
-// Planes of batch norm that count as short, in at least so many images and channels (channel_short.inl).
+// Planes that count as short; for batch norm in at least so many images and channels; values of a group of them at most
+// (channel_short.inl).
 constexpr std::int64_t kLeastShort = 2;
 constexpr std::int64_t kMostShort = 36;
 constexpr std::int64_t kMostShortOfStatistics = 63;
 constexpr std::int64_t kLeastShortImages = 4;
 constexpr std::int64_t kLeastShortChannels = 32;
+constexpr std::int64_t kMostShortGroup = 32768;
 
 constexpr std::int64_t kColumnStep = 32;  // channels: a whole number of units of every instruction set
 

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "cpu/channel_scalars.inl"
+#include "cpu/channel_unit.inl"
 #include "cpu/transpose.inl"
 #include "cpu/tuning.h"
 
@@ -205,22 +206,7 @@ struct LastForward {
     const ChannelRows<A> row(rows, plan.padded, c);
     const A* params = static_cast<const A*>(plan.params) + c;
     const Pair<A> w = Packed<A>::read(params).unpack(), b = Packed<A>::read(params + plan.padded).unpack();
-    // All rows are loaded before any is stored: equal offsets within pages of 4 KB would make loads wait for the stores.
-    Pair<A> z[kRows];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) z[r] = load<T>(x + r * channels, extent);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-      z[r] = {ChannelNorm::affine(z[r].a, row.a, w.a, b.a), ChannelNorm::affine(z[r].b, row.b, w.b, b.b)};
-    if constexpr (kFused) {
-      if (residual != nullptr) {
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) z[r] = z[r] + load<T>(residual + r * channels, extent);
-      }
-      activate_all<A>(args.activation, z);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) store<T>(y + r * y_stride, z[r], extent);
+    output_units<T, kFused, kRows>(args.activation, x, residual, channels, y, y_stride, {{row.a, row.b}, w, b}, extent);
   }
 
   // Rows [begin, end) of all images, some channels.

@@ -9,7 +9,6 @@
 #pragma once
 
 #include "cpu/channel_last.inl"
-#include "cpu/channel_planes_backward.inl"
 
 namespace normext {
 inline namespace NORMEXT_ISA {
@@ -25,7 +24,6 @@ constexpr std::int64_t kShortRowBytes = 256;
 template <class T, bool kFused>
 struct LastBackward {
   using A = Accumulate<T>;
-  using V = Vector<A>;
 
   const ChannelBackwardArgs& args;
   const cpu::ChannelPlan& plan;
@@ -43,12 +41,7 @@ struct LastBackward {
 
   NORMEXT_INLINE A* rows_of(std::int64_t image) const { return static_cast<A*>(plan.rows) + image * 5 * padded; }
 
-  // Scalars of one unit of channels.
-  struct Unit {
-    CentredRow<V> slab[2];
-    Pair<A> weight, bias;
-  };
-  NORMEXT_INLINE Unit unit_of(const A* rows, std::int64_t c) const {
+  NORMEXT_INLINE UnitAffine<A> affine_of_channels(const A* rows, std::int64_t c) const {
     const ChannelRows<A> row(rows, padded, c);
     return {{row.a, row.b}, Packed<A>::read(params + c).unpack(), Packed<A>::read(params + padded + c).unpack()};
   }
@@ -93,7 +86,7 @@ struct LastBackward {
         constexpr bool kApart = kValues && !kFused;
         if constexpr (kApart) values_before_sums(first + row * channels, count, rows_of(image));
         for_units<A>(0, channels, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
-          const Unit unit = unit_of(rows_of(image), c);
+          const UnitAffine<A> affine = affine_of_channels(rows_of(image), c);
           Pair<A> sum = {}, sum_x = {};
           if constexpr (!kApart) {
             if (fit_l1) fetch_next_group<kValues, 3>(first + row * channels, c);
@@ -103,9 +96,9 @@ struct LastBackward {
             const std::int64_t i = first + (row + r) * channels + c;
             Pair<A> xhat[1] = {load<T>(input + i, extent)}, dz[1] = {load<T>(grad_output + i, extent)};
             const T* const extra[1] = {at(residual, i)};
-            backward_units<T, kFused>(args.activation, extra, unit.slab, unit.weight, unit.bias, xhat, dz, extent);
+            backward_units<T, kFused>(args.activation, extra, affine, xhat, dz, extent);
             if constexpr (kValues && !kApart) {
-              store_gradients<T, true>(args, i, unit.slab, unit.weight, dz[0], xhat[0], Pair<A>{}, Pair<A>{}, extent);
+              store_gradients<T, true>(args, i, affine, dz[0], xhat[0], Pair<A>{}, Pair<A>{}, extent);
             }
             sum = sum + dz[0];
             sum_x = {fma(dz[0].a, xhat[0].a, sum_x.a), fma(dz[0].b, xhat[0].b, sum_x.b)};
@@ -159,7 +152,7 @@ struct LastBackward {
   template <bool kFixed, int kRows, class Extent>
   NORMEXT_INLINE void value_units(std::int64_t first, const A* rows, std::int64_t c, Extent extent) const {
     constexpr bool kInput = kFused || !kFixed;
-    const Unit unit = unit_of(rows, c);
+    const UnitAffine<A> affine = affine_of_channels(rows, c);
     const T* extra[kRows];
     Pair<A> xhat[kRows] = {}, dz[kRows];
     fetch_rows_ahead<T, kRows>(grad_output + first, channels, c);
@@ -173,7 +166,7 @@ struct LastBackward {
       if constexpr (kInput) xhat[r] = load<T>(input + i, extent);
     }
     if constexpr (kInput) {
-      backward_units<T, kFused, kRows>(args.activation, extra, unit.slab, unit.weight, unit.bias, xhat, dz, extent);
+      backward_units<T, kFused, kRows>(args.activation, extra, affine, xhat, dz, extent);
     }
     Pair<A> mean_g = {}, mean_gx = {};
     if constexpr (!kFixed) {
@@ -182,7 +175,7 @@ struct LastBackward {
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      store_gradients<T, kFixed>(args, first + r * channels + c, unit.slab, unit.weight, dz[r], xhat[r], mean_g, mean_gx, extent);
+      store_gradients<T, kFixed>(args, first + r * channels + c, affine, dz[r], xhat[r], mean_g, mean_gx, extent);
     }
   }
 

@@ -35,6 +35,10 @@ constexpr std::int64_t kRowGroup = 8;
 constexpr std::int64_t kSharingBytes = 240 * 1024;
 constexpr std::int64_t kSharingBytesOfChannel = 200;
 
+// Groups of short planes: input and gradient of a segment, and segments of a call.
+constexpr std::int64_t kShortSegmentBytes = 256 * 1024;
+constexpr std::int64_t kLeastShortSegments = 16;
+
 std::int64_t over(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
 std::int64_t padded(std::int64_t n) { return over(n, kMaxUnit) * kMaxUnit; }
 
@@ -58,15 +62,28 @@ ChannelShape seen_by_kernels(ChannelShape shape) {
 // Length of equal pieces of at most `most` values of n; whole multiples of `unit`.
 std::int64_t piece_of(std::int64_t n, std::int64_t most, std::int64_t unit) { return over(over(n, over(n, most)), unit) * unit; }
 
-// Images of a segment where planes are short, of at most `most` values: in equal numbers of no more than an accumulator takes; 0
-// where they are not. [Zen 4, two threads, without and with, us: BatchNorm 128x512x4x4 float32 574 -> 195, bfloat16 510 -> 163,
-// evaluation 216 -> 94, with gradients 1657 -> 939; 8x1280x7x7 bfloat16 118 -> 90, with residual and ReLU float32 160 -> 111, but
-// evaluation 49 -> 64 and backward as long as before; 8x256x14x14 a tenth more.]
+// Whether planes are short, of at most `most` values, for kernels that know.
+bool has_short_planes(const ChannelShape& shape, DType dtype, std::int64_t most) {
+  return kernels().fused_multiply_add && dtype != DType::kFloat64 && shape.layout == ChannelLayout::kPlanes &&
+         shape.spatial >= kLeastShort && shape.spatial <= most;
+}
+// Images of a segment of batch norm where planes are short: in equal numbers of no more than an accumulator takes; 0 where they are
+// not. [Zen 4, two threads, without and with, us: BatchNorm 128x512x4x4 float32 574 -> 195, bfloat16 510 -> 163, evaluation 216 ->
+// 94, with gradients 1657 -> 939; 8x1280x7x7 bfloat16 118 -> 90, with residual and ReLU float32 160 -> 111, but evaluation 49 -> 64
+// and backward as long as before; 8x256x14x14 a tenth more.]
 std::int64_t short_images(const ChannelShape& shape, DType dtype, std::int64_t most) {
-  const bool known = kernels().fused_multiply_add && dtype != DType::kFloat64;
-  const bool are_short = known && shape.layout == ChannelLayout::kPlanes && shape.batch_norm() && shape.spatial >= kLeastShort &&
-                         shape.spatial <= most && shape.batch >= kLeastShortImages && shape.channels >= kLeastShortChannels;
-  return are_short ? piece_of(shape.batch, kTermsPerSum, 1) : 0;
+  const bool many = shape.batch_norm() && shape.batch >= kLeastShortImages && shape.channels >= kLeastShortChannels;
+  return many && has_short_planes(shape, dtype, most) ? piece_of(shape.batch, kTermsPerSum, 1) : 0;
+}
+// The same of groups in a backward, whatever the batch, since dx may not depend on it; fewer images where they would not stay in
+// L2, or would make too few segments to share out.
+std::int64_t short_images_of_groups(const ChannelShape& shape, DType dtype) {
+  const std::int64_t values = shape.group_channels() * shape.spatial;
+  if (shape.batch_norm() || shape.group_channels() == 1 || values > kMostShortGroup) return 0;
+  if (!has_short_planes(shape, dtype, kMostShort)) return 0;
+  const std::int64_t fit = kShortSegmentBytes / (2 * values * static_cast<std::int64_t>(size_of(dtype)));
+  const std::int64_t most = std::min({kTermsPerSum, fit, shape.batch * shape.groups / kLeastShortSegments});
+  return piece_of(shape.batch, std::max(most, std::int64_t{1}), 1);
 }
 
 // Several runs are up to a quarter longer or shorter if that leaves fewer rows to the busiest of two and of four threads [Zen 4,
@@ -174,10 +191,11 @@ std::size_t forward_plan(const ChannelForwardArgs& args, void* workspace, Channe
 std::size_t backward_plan(const ChannelBackwardArgs& args, void* workspace, ChannelPlan& plan) {
   const ChannelShape& shape = args.shape;
   std::int64_t columns, rows, params;
-  plan.images = short_images(shape, args.dtype, kMostShort);
+  plan.images = shape.batch_norm() ? short_images(shape, args.dtype, kMostShort) : short_images_of_groups(shape, args.dtype);
   if (plan.images != 0) {
     columns = over(shape.batch, plan.images) * shape.channels;
-    rows = params = 2 * shape.channels;
+    rows = shape.batch_norm() ? 2 * shape.channels : 0;
+    params = 2 * shape.channels;
   } else if (shape.layout == ChannelLayout::kPlanes) {
     plan.piece = piece_of(shape.spatial, kSegment, kMaxUnit);
     plan.pieces = over(shape.spatial, plan.piece);

@@ -59,38 +59,6 @@ __attribute__((noinline)) void line_moments(const T* x, std::int64_t n, int coun
   }
 }
 
-// What one plane's values go through, of type A or vectors of it.
-template <class A>
-struct PlaneAffine {
-  CentredRow<A> slab;
-  A weight, bias;
-};
-
-// kUnits units of a plane.
-template <class T, bool kFused, int kUnits, class Extent>
-NORMEXT_INLINE void apply_units(Activation activation, const T* x, const T* residual, T* y, const PlaneAffine<Accumulate<T>>& plane,
-                                Extent extent) {
-  using A = Accumulate<T>;
-  using V = Vector<A>;
-  Pair<A> z[kUnits];
-#pragma GCC unroll 4
-  for (int u = 0; u < kUnits; ++u) z[u] = load<T>(x + u * kUnit<A>, extent);
-#pragma GCC unroll 4
-  for (int u = 0; u < kUnits; ++u) {
-    z[u] = {ChannelNorm::affine(z[u].a, plane.slab, V{} + plane.weight, V{} + plane.bias),
-            ChannelNorm::affine(z[u].b, plane.slab, V{} + plane.weight, V{} + plane.bias)};
-  }
-  if constexpr (kFused) {
-    if (residual != nullptr) {
-#pragma GCC unroll 4
-      for (int u = 0; u < kUnits; ++u) z[u] = z[u] + load<T>(residual + u * kUnit<A>, extent);
-    }
-    activate_all<A>(activation, z);
-  }
-#pragma GCC unroll 4
-  for (int u = 0; u < kUnits; ++u) store<T>(y + u * kUnit<A>, z[u], extent);
-}
-
 template <class T, bool kFused>
 struct PlanesForward {
   using A = Accumulate<T>;
@@ -145,11 +113,9 @@ struct PlanesForward {
               const T* x = static_cast<const T*>(args.input) + from;
               T* y = static_cast<T*>(args.output) + from;
               for_output_units<A>(0, stop - from, [&](std::int64_t i, auto extent) __attribute__((always_inline)) {
-                const Pair<A> wi = load<T>(w.of + from - first + i, extent), bi = load<T>(b.of + from - first + i, extent);
-                Pair<A> z[1] = {load<T>(x + i, extent)};
-                z[0] = {ChannelNorm::affine(z[0].a, row, wi.a, bi.a), ChannelNorm::affine(z[0].b, row, wi.b, bi.b)};
-                if constexpr (kFused) activate_all<A>(args.activation, z);
-                store<T>(y + i, z[0], extent);
+                const std::int64_t column = from - first + i;
+                const auto affine = affine_of_slab<A>(row, load<T>(w.of + column, extent), load<T>(b.of + column, extent));
+                output_units<T, kFused, 1>(args.activation, x + i, nullptr, 0, y + i, 0, affine, extent);
               });
             });
   }
@@ -167,16 +133,17 @@ struct PlanesForward {
     std::int64_t offset = begin % shape.spatial;
     for (; begin < end; at_plane.next(), offset = 0) {
       const std::int64_t n = smaller(shape.spatial - offset, end - begin);
-      const PlaneAffine<A> affine = {slab_of<T>(args, at_plane.slab), weight[at_plane.channel], bias[at_plane.channel]};
+      const auto affine = affine_of_slab<A>(slab_of<T>(args, at_plane.slab), both<A>(V{} + weight[at_plane.channel]),
+                                            both<A>(V{} + bias[at_plane.channel]));
       const T* x = static_cast<const T*>(args.input) + begin;
       const T* residual = at(static_cast<const T*>(args.residual), begin);
       T* y = static_cast<T*>(args.output) + begin;
       std::int64_t i = 0;
       for (; !single && n - i >= 2 * kUnit<A>; i += 2 * kUnit<A>) {
-        apply_units<T, kFused, 2>(args.activation, x + i, at(residual, i), y + i, affine, Whole{});
+        output_units<T, kFused, 2>(args.activation, x + i, at(residual, i), kUnit<A>, y + i, kUnit<A>, affine, Whole{});
       }
       for_output_units<A>(i, n, [&](std::int64_t u, auto extent) __attribute__((always_inline)) {
-        apply_units<T, kFused, 1>(args.activation, x + u, at(residual, u), y + u, affine, extent);
+        output_units<T, kFused, 1>(args.activation, x + u, at(residual, u), 0, y + u, 0, affine, extent);
       });
       begin += n;
     }
@@ -232,39 +199,24 @@ struct PlanesForward {
 
   // kImages images from `image` on.
   template <int kImages>
-  NORMEXT_INLINE void short_output(const ShortBlock<T>& block, const ShortColumns<A> (&scalars)[5], std::int64_t image) const {
+  NORMEXT_INLINE void short_output(const ShortBlock<T>& block, const ShortColumns<A> (&scalars)[kAffineScalars],
+                                   std::int64_t image) const {
     const T* x = static_cast<const T*>(args.input) + block.offset(image);
     const T* residual = at(static_cast<const T*>(args.residual), block.offset(image));
     T* y = static_cast<T*>(args.output) + block.offset(image);
     for_output_units<A>(0, block.columns(), [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
-      Pair<A> s[5], z[kImages];
-#pragma GCC unroll 5
-      for (int k = 0; k < 5; ++k) s[k] = load<T>(scalars[k].of + column, extent);
-      const CentredRow<V> a = {s[0].a, s[1].a, s[2].a}, b = {s[0].b, s[1].b, s[2].b};
-#pragma GCC unroll 4
-      for (int r = 0; r < kImages; ++r) {
-        z[r] = load<T>(x + r * block.image_stride() + column, extent);
-        z[r] = {ChannelNorm::affine(z[r].a, a, s[3].a, s[4].a), ChannelNorm::affine(z[r].b, b, s[3].b, s[4].b)};
-      }
-      if constexpr (kFused) {
-        if (residual != nullptr) {
-#pragma GCC unroll 4
-          for (int r = 0; r < kImages; ++r) z[r] = z[r] + load<T>(residual + r * block.image_stride() + column, extent);
-        }
-        activate_all<A>(args.activation, z);
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < kImages; ++r) store<T>(y + r * block.image_stride() + column, z[r], extent);
+      output_units<T, kFused, kImages>(args.activation, x + column, at(residual, column), block.image_stride(), y + column,
+                                       block.image_stride(), affine_of_columns<T, true>(scalars, column, extent), extent);
     });
   }
   // Output of a block in images [begin, end).
   __attribute__((noinline)) void short_outputs(const ShortBlock<T>& block, std::int64_t begin, std::int64_t end) const {
     const Parameter<T> weight = weight_of<T>(args), bias = bias_of<T>(args);
     const A* stats = static_cast<const A*>(args.stats);
-    ShortColumns<A> scalars[5];
-    for (int k = 0; k < 3; ++k) block.spread(scalars[k], [&](std::int64_t c) { return stats[k * columns + c]; });
-    block.spread(scalars[3], [&](std::int64_t c) { return weight[c]; });
-    block.spread(scalars[4], [&](std::int64_t c) { return bias[c]; });
+    ShortColumns<A> scalars[kAffineScalars];
+    for (int k = kOfHi; k <= kOfRstd; ++k) block.spread(scalars[k], [&](std::int64_t c) { return stats[k * columns + c]; });
+    block.spread(scalars[kOfWeight], [&](std::int64_t c) { return weight[c]; });
+    block.spread(scalars[kOfBias], [&](std::int64_t c) { return bias[c]; });
     std::int64_t image = begin;
     constexpr int shared = kSharedImages<kFused>;
     for (; end - image >= shared; image += shared) short_output<shared>(block, scalars, image);

@@ -14,48 +14,6 @@ namespace normext {
 inline namespace NORMEXT_ISA {
 namespace {
 
-// xhat and dz of kCount units: dz comes as dy.
-template <class T, bool kFused, int kCount, class Extent>
-NORMEXT_INLINE void backward_units(Activation activation, const T* const (&residual)[kCount],
-                                   const CentredRow<Vector<Accumulate<T>>> (&slab)[2], Pair<Accumulate<T>> weight,
-                                   Pair<Accumulate<T>> bias, Pair<Accumulate<T>> (&x)[kCount], Pair<Accumulate<T>> (&dz)[kCount],
-                                   Extent extent) {
-  using A = Accumulate<T>;
-#pragma GCC unroll 8
-  for (int u = 0; u < kCount; ++u) x[u] = {LayerNorm::normalise(x[u].a, slab[0]), LayerNorm::normalise(x[u].b, slab[1])};
-  if constexpr (kFused) {
-    Pair<A> z[kCount];
-#pragma GCC unroll 8
-    for (int u = 0; u < kCount; ++u) {
-      z[u] = {LayerNorm::affine(x[u].a, weight.a, bias.a), LayerNorm::affine(x[u].b, weight.b, bias.b)};
-    }
-    if (residual[0] != nullptr) {
-#pragma GCC unroll 8
-      for (int u = 0; u < kCount; ++u) z[u] = z[u] + load<T>(residual[u], extent);
-    }
-    activation_gradients<A>(activation, z, dz);
-  }
-}
-
-// Writes dz and dx of one unit, whichever are wanted. The means are those of g and g*xhat.
-template <class T, bool kFixed, class Extent>
-NORMEXT_INLINE void store_gradients(const ChannelBackwardArgs& args, std::int64_t i,
-                                    const CentredRow<Vector<Accumulate<T>>> (&slab)[2], Pair<Accumulate<T>> weight,
-                                    Pair<Accumulate<T>> dz, Pair<Accumulate<T>> xhat, Pair<Accumulate<T>> mean_g,
-                                    Pair<Accumulate<T>> mean_gx, Extent extent) {
-  using A = Accumulate<T>;
-  if (args.grad_residual != nullptr) store<T>(static_cast<T*>(args.grad_residual) + i, dz, extent);
-  if (args.grad_input == nullptr) return;
-  Pair<A> dx = {dz.a * weight.a, dz.b * weight.b};
-  if constexpr (kFixed) {
-    dx = {dx.a * slab[0].rstd, dx.b * slab[1].rstd};
-  } else {
-    dx = {LayerNorm::gradient(dx.a, xhat.a, slab[0], mean_g.a, mean_gx.a),
-          LayerNorm::gradient(dx.b, xhat.b, slab[1], mean_g.b, mean_gx.b)};
-  }
-  store<T>(static_cast<T*>(args.grad_input) + i, dx, extent);
-}
-
 template <class T, bool kFused>
 struct PlanesBackward {
   using A = Accumulate<T>;
@@ -84,22 +42,18 @@ struct PlanesBackward {
   const bool far = comes_from_memory<T>(shape);
   const T* const dx_ahead = plan.fetch_output ? static_cast<const T*>(args.grad_input) : nullptr;
 
-  struct Plane {
-    CentredRow<V> slab[2];
-    Pair<A> weight, bias;
-  };
-  NORMEXT_INLINE Plane plane_of(const PlaneCursor& cursor) const {
-    const CentredRow<A> row = slab_of<T>(args, cursor.slab);
-    const CentredRow<V> wide = {V{} + row.hi, V{} + row.lo, V{} + row.rstd};
-    return {{wide, wide}, both<A>(V{} + weight[cursor.channel]), both<A>(V{} + bias[cursor.channel])};
+  NORMEXT_INLINE UnitAffine<A> affine_of_plane(const PlaneCursor& cursor) const {
+    return affine_of_slab<A>(slab_of<T>(args, cursor.slab), both<A>(V{} + weight[cursor.channel]),
+                             both<A>(V{} + bias[cursor.channel]));
   }
 
   template <class Extent>
-  NORMEXT_INLINE void read_unit(std::int64_t i, const Plane& plane, Pair<A> (&xhat)[1], Pair<A> (&dz)[1], Extent extent) const {
+  NORMEXT_INLINE void read_unit(std::int64_t i, const UnitAffine<A>& affine, Pair<A> (&xhat)[1], Pair<A> (&dz)[1],
+                                Extent extent) const {
     xhat[0] = load<T>(input + i, extent);
     dz[0] = load<T>(grad_output + i, extent);
     const T* const extra[1] = {at(residual, i)};
-    backward_units<T, kFused>(args.activation, extra, plane.slab, plane.weight, plane.bias, xhat, dz, extent);
+    backward_units<T, kFused>(args.activation, extra, affine, xhat, dz, extent);
   }
 
   // Sums of segments [begin, end), in the order of memory; with kValues their dx and dz, too, which need no sums then.
@@ -114,7 +68,7 @@ struct PlanesBackward {
       V lanes[2][kMaxBatch];
       alignas(V) A out[2][kMaxBatch];
       for (int r = 0; r < count; ++r) {
-        const Plane plane = plane_of(cursor);
+        const UnitAffine<A> affine = affine_of_plane(cursor);
         const std::int64_t from = piece * plan.piece, first = cursor.plane * shape.spatial + from;
         const std::int64_t page = first + cpu::kPageBytes / static_cast<std::int64_t>(sizeof(T));
         const L2Ahead<T> next_dx = {kValues ? at(far ? static_cast<const T*>(args.grad_input) : nullptr, page)
@@ -130,10 +84,9 @@ struct PlanesBackward {
                 next_dy.fetch(column);
               }
               Pair<A> xhat[1], dz[1];
-              read_unit(first + column, plane, xhat, dz, extent);
+              read_unit(first + column, affine, xhat, dz, extent);
               if constexpr (kValues) {
-                store_gradients<T, true>(args, first + column, plane.slab, plane.weight, dz[0], xhat[0], Pair<A>{}, Pair<A>{},
-                                         extent);
+                store_gradients<T, true>(args, first + column, affine, dz[0], xhat[0], Pair<A>{}, Pair<A>{}, extent);
               }
               const Pair<A> x = keep<T>(xhat[0], extent);
               const Pair<A> g = kFused ? keep<T>(dz[0], extent) : dz[0];
@@ -192,7 +145,8 @@ struct PlanesBackward {
   }
 
   template <bool kFixed, int kUnits, class Extent>
-  NORMEXT_INLINE void value_units(std::int64_t i, const Plane& plane, Pair<A> mean_g, Pair<A> mean_gx, Extent extent) const {
+  NORMEXT_INLINE void value_units(std::int64_t i, const UnitAffine<A>& affine, Pair<A> mean_g, Pair<A> mean_gx,
+                                  Extent extent) const {
     constexpr bool kInput = kFused || !kFixed;
     const T* extra[kUnits];
     Pair<A> xhat[kUnits] = {}, dz[kUnits];
@@ -203,57 +157,32 @@ struct PlanesBackward {
       if constexpr (kInput) xhat[u] = load<T>(input + i + u * kUnit<A>, extent);
     }
     if constexpr (kInput) {
-      backward_units<T, kFused, kUnits>(args.activation, extra, plane.slab, plane.weight, plane.bias, xhat, dz, extent);
+      backward_units<T, kFused, kUnits>(args.activation, extra, affine, xhat, dz, extent);
     }
 #pragma GCC unroll 2
     for (int u = 0; u < kUnits; ++u) {
-      store_gradients<T, kFixed>(args, i + u * kUnit<A>, plane.slab, plane.weight, dz[u], xhat[u], mean_g, mean_gx, extent);
+      store_gradients<T, kFixed>(args, i + u * kUnit<A>, affine, dz[u], xhat[u], mean_g, mean_gx, extent);
     }
-  }
-
-  // dx and dz of values [begin, end) of groups of short planes.
-  template <bool kFixed>
-  __attribute__((noinline)) void values_of_groups(std::int64_t begin, std::int64_t end) const {
-    for_parts_of_groups<T>(
-        shape, begin, end,
-        [&](const ShortBlock<T>& block, std::int64_t slab, std::int64_t first, std::int64_t from, std::int64_t stop)
-            __attribute__((always_inline)) {
-              ShortColumns<A> w, b;
-              block.spread(w, [&](std::int64_t c) { return weight[c]; });
-              if constexpr (kFused) block.spread(b, [&](std::int64_t c) { return bias[c]; });
-              const CentredRow<A> row = slab_of<T>(args, slab);
-              const CentredRow<V> wide = {V{} + row.hi, V{} + row.lo, V{} + row.rstd};
-              const Pair<A> mean_g = both<A>(V{} + (kFixed ? A(0) : means[slab]));
-              const Pair<A> mean_gx = both<A>(V{} + (kFixed ? A(0) : means[shape.slabs() + slab]));
-              for_output_units<A>(0, stop - from, [&](std::int64_t i, auto extent) __attribute__((always_inline)) {
-                const std::int64_t column = from - first + i;
-                const Pair<A> wi = load<T>(w.of + column, extent), bi = kFused ? load<T>(b.of + column, extent) : Pair<A>{};
-                value_units<kFixed, 1>(from + i, Plane{{wide, wide}, wi, bi}, mean_g, mean_gx, extent);
-              });
-            });
   }
 
   // dx and dz of values [begin, end).
   template <bool kFixed>
   __attribute__((noinline)) void values(std::int64_t begin, std::int64_t end) const {
-    if constexpr (kKnowsShortPlanes<T>) {
-      if (groups_of_short_planes(shape)) return values_of_groups<kFixed>(begin, end);
-    }
     const A* of_g = means;
     const A* of_gx = means + shape.slabs();
     PlaneCursor cursor(shape, begin / shape.spatial);
     std::int64_t offset = begin % shape.spatial;
     for (; begin < end; cursor.next(), offset = 0) {
       const std::int64_t stop = smaller(begin + shape.spatial - offset, end);
-      const Plane plane = plane_of(cursor);
+      const UnitAffine<A> affine = affine_of_plane(cursor);
       const Pair<A> mean_g = both<A>(V{} + (kFixed ? A(0) : of_g[cursor.slab]));
       const Pair<A> mean_gx = both<A>(V{} + (kFixed ? A(0) : of_gx[cursor.slab]));
       std::int64_t done = 0;
       for (; stop - begin - done >= 2 * kUnit<A>; done += 2 * kUnit<A>) {
-        value_units<kFixed, 2>(begin + done, plane, mean_g, mean_gx, Whole{});
+        value_units<kFixed, 2>(begin + done, affine, mean_g, mean_gx, Whole{});
       }
       for_output_units<A>(done, stop - begin, [&](std::int64_t i, auto extent) __attribute__((always_inline)) {
-        value_units<kFixed, 1>(begin + i, plane, mean_g, mean_gx, extent);
+        value_units<kFixed, 1>(begin + i, affine, mean_g, mean_gx, extent);
       });
       begin = stop;
     }
@@ -307,20 +236,21 @@ struct PlanesBackward {
     });
   }
 
-  // Scalars of the columns of a block.
-  enum { kHi, kLo, kRstd, kWeight, kBias, kMeanG, kMeanGx, kScalars };
+  // Scalars of the columns of a block, then the means.
+  enum { kOfMeanG = kAffineScalars, kOfMeanGx, kScalars };
   using Columns = ShortColumns<A>[kScalars];
   NORMEXT_INLINE void spread_scalars(const ShortBlock<T>& block, Columns& scalars) const {
     const A* stats = static_cast<const A*>(args.stats);
-    for (int k = 0; k < 3; ++k) block.spread(scalars[kHi + k], [&](std::int64_t c) { return stats[k * channels + c]; });
-    block.spread(scalars[kWeight], [&](std::int64_t c) { return weight[c]; });
-    if constexpr (kFused) block.spread(scalars[kBias], [&](std::int64_t c) { return bias[c]; });
+    for (int k = kOfHi; k <= kOfRstd; ++k) block.spread(scalars[k], [&](std::int64_t c) { return stats[k * channels + c]; });
+    block.spread(scalars[kOfWeight], [&](std::int64_t c) { return weight[c]; });
+    if constexpr (kFused) block.spread(scalars[kOfBias], [&](std::int64_t c) { return bias[c]; });
   }
-  template <class Extent>
-  NORMEXT_INLINE static Plane columns_of(const Columns& scalars, std::int64_t column, Extent extent) {
-    Pair<A> s[5];
-    for (int k = 0; k < 5; ++k) s[k] = k == kBias && !kFused ? Pair<A>{} : load<T>(scalars[k].of + column, extent);
-    return {{{s[kHi].a, s[kLo].a, s[kRstd].a}, {s[kHi].b, s[kLo].b, s[kRstd].b}}, s[kWeight], s[kBias]};
+  // Quantity q of a segment of a block.
+  NORMEXT_INLINE void store_sums(const ShortBlock<T>& block, std::int64_t segment, int q, const ShortColumns<A>& of_columns) const {
+    alignas(V) A sums[kMostShortChannels<A>];
+    block.add_positions(of_columns, sums);
+    A* out = plane_sums + q * planes + segment * channels + block.first;
+    for (std::int64_t c = 0; c < block.channels; ++c) out[c] = sums[c];
   }
   // Sums of a segment of a block.
   __attribute__((noinline)) void short_sums(const ShortBlock<T>& block, std::int64_t segment, const Columns& scalars) const {
@@ -329,34 +259,28 @@ struct PlanesBackward {
     block.template add_images<2>(begin, end, of_columns,
                                  [&](std::int64_t i, std::int64_t column, auto extent, Sums<A, 2>& s)
                                      __attribute__((always_inline)) {
-                                       const Plane plane = columns_of(scalars, column, extent);
                                        Pair<A> xhat[1], dz[1];
-                                       read_unit(i, plane, xhat, dz, extent);
+                                       read_unit(i, affine_of_columns<T, kFused>(scalars, column, extent), xhat, dz, extent);
                                        s.of[0] = s.of[0] + dz[0];
                                        s.of[1] = {fma(dz[0].a, xhat[0].a, s.of[1].a), fma(dz[0].b, xhat[0].b, s.of[1].b)};
                                      });
-    for (int q = 0; q < 2; ++q) {
-      alignas(V) A sums[kMostShortChannels<A>];
-      block.add_positions(of_columns[q], sums);
-      A* out = plane_sums + q * planes + segment * channels + block.first;
-      for (std::int64_t c = 0; c < block.channels; ++c) out[c] = sums[c];
-    }
+    for (int q = 0; q < 2; ++q) store_sums(block, segment, q, of_columns[q]);
   }
   // dx and dz of a block.
   template <bool kFixed>
   __attribute__((noinline)) void short_values(const ShortBlock<T>& block, Columns& scalars) const {
     for (int k = 0; !kFixed && k < 2; ++k) {
-      block.spread(scalars[kMeanG + k], [&](std::int64_t c) { return means[k * channels + c]; });
+      block.spread(scalars[kOfMeanG + k], [&](std::int64_t c) { return means[k * channels + c]; });
     }
     for (std::int64_t image = 0; image < shape.batch; ++image) {
       const std::int64_t first = block.offset(image);
       for_output_units<A>(0, block.columns(), [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
         Pair<A> mean_g = {}, mean_gx = {};
         if constexpr (!kFixed) {
-          mean_g = load<T>(scalars[kMeanG].of + column, extent);
-          mean_gx = load<T>(scalars[kMeanGx].of + column, extent);
+          mean_g = load<T>(scalars[kOfMeanG].of + column, extent);
+          mean_gx = load<T>(scalars[kOfMeanGx].of + column, extent);
         }
-        value_units<kFixed, 1>(first + column, columns_of(scalars, column, extent), mean_g, mean_gx, extent);
+        value_units<kFixed, 1>(first + column, affine_of_columns<T, kFused>(scalars, column, extent), mean_g, mean_gx, extent);
       });
     }
   }
@@ -377,9 +301,74 @@ struct PlanesBackward {
     }
   }
 
+  // Everything for group `of_image` in the images of a segment.
+  __attribute__((noinline)) void short_group(std::int64_t segment, std::int64_t of_image) const {
+    const std::int64_t begin = segment * plan.images, end = smaller(begin + plan.images, shape.batch), first = of_image * group;
+    const std::int64_t most = ShortBlock<T>::channels_of_group(shape);
+    const int count = static_cast<int>(end - begin);
+    CentredRow<A> rows[kMaxBatch];
+    for (int r = 0; r < count; ++r) rows[r] = slab_of<T>(args, (begin + r) * shape.groups + of_image);
+    ShortColumns<A> w, b;
+    const auto spread = [&](const ShortBlock<T>& block) {
+      block.spread(w, [&](std::int64_t c) { return weight[c]; });
+      if constexpr (kFused) block.spread(b, [&](std::int64_t c) { return bias[c]; });
+    };
+    alignas(V) A of_block[2][kMostBlocks<A>][kMaxBatch];
+    std::int64_t blocks = 0;
+    for (std::int64_t c = 0; c < group; c += most, ++blocks) {
+      const ShortBlock<T> block = {shape, first + c, smaller(most, group - c)};
+      spread(block);
+      V lanes[2][kMaxBatch] = {};
+      ShortColumns<A> of_columns[2];
+      for_units<A>(0, block.columns(), [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
+        const Pair<A> wi = load<T>(w.of + column, extent), bi = kFused ? load<T>(b.of + column, extent) : Pair<A>{};
+        Sums<A, 2> s = {};
+        for (int r = 0; r < count; ++r) {
+          Pair<A> xhat[1], dz[1];
+          read_unit(block.offset(begin + r) + column, affine_of_slab<A>(rows[r], wi, bi), xhat, dz, extent);
+          const Pair<A> x = keep<T>(xhat[0], extent), d = kFused ? keep<T>(dz[0], extent) : dz[0];
+          s.of[0] = s.of[0] + d;
+          s.of[1] = {fma(d.a, x.a, s.of[1].a), fma(d.b, x.b, s.of[1].b)};
+          const Pair<A> g = {d.a * wi.a, d.b * wi.b};
+          lanes[0][r] = lanes[0][r] + (g.a + g.b);
+          lanes[1][r] = lanes[1][r] + fma(g.a, x.a, g.b * x.b);
+        }
+        for (int q = 0; q < 2; ++q) store<T>(of_columns[q].of + column, s.of[q], extent);
+      });
+      for (int q = 0; q < 2; ++q) {
+        sum_lanes_of_rows(lanes[q], count, of_block[q][blocks]);
+        if (wants_totals(args)) store_sums(block, segment, q, of_columns[q]);
+      }
+    }
+    if (!wants_values(args)) return;
+    Pair<A> mean[2][kMaxBatch];
+    for (int q = 0; q < 2; ++q) {
+      for (int r = 0; r < count; ++r) {
+        const A sum = sum_terms(blocks, [&](std::int64_t i) { return of_block[q][i][r]; });
+        mean[q][r] = both<A>(V{} + sum / static_cast<A>(shape.slab_size()));
+      }
+    }
+    for (std::int64_t c = 0; c < group; c += most) {
+      const ShortBlock<T> block = {shape, first + c, smaller(most, group - c)};
+      if (blocks > 1) spread(block);
+      for (int r = 0; r < count; ++r) {
+        for_output_units<A>(0, block.columns(), [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
+          const Pair<A> wi = load<T>(w.of + column, extent), bi = kFused ? load<T>(b.of + column, extent) : Pair<A>{};
+          value_units<false, 1>(block.offset(begin + r) + column, affine_of_slab<A>(rows[r], wi, bi), mean[0][r], mean[1][r],
+                                extent);
+        });
+      }
+    }
+  }
+
   // Everything but the gradients of the parameters.
   void sums_and_values() const {
     if constexpr (kKnowsShortPlanes<T>) {
+      if (plan.images != 0 && !shape.batch_norm()) {
+        return for_ranges(plan.parallel, parts * shape.groups, [&](std::int64_t begin, std::int64_t end) {
+          for (std::int64_t task = begin; task < end; ++task) short_group(task / shape.groups, task % shape.groups);
+        });
+      }
       if (plan.images != 0) {
         return for_ranges(plan.parallel, channels, [&](std::int64_t begin, std::int64_t end) { short_blocks(begin, end); });
       }

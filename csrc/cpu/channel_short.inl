@@ -1,9 +1,10 @@
-// Batch norms of planes of a few values, many images. A segment is a channel in several images: columns of memory (channel,
-// position) are summed over the images in vectors, then the positions of each channel, and scalars are spread over the columns of a
-// block of channels once for all its images. Plane by plane, most of the time would go into scalars and sums across lanes.
+// Planes of a few values. Plane by plane, most of the time would go into scalars and sums across lanes; so scalars are spread over
+// the columns of memory (channel, position) of a block of channels, once for several images, and sums are taken over columns in
+// vectors. In a batch norm a segment is a channel in several images: columns are summed over these, then the positions of each
+// channel. A group lies in one piece: its own sums go along the columns, those of its channels over images as in a batch norm.
 #pragma once
 
-#include "cpu/channel_sums.inl"
+#include "cpu/channel_unit.inl"
 
 namespace normext {
 inline namespace NORMEXT_ISA {
@@ -21,11 +22,25 @@ constexpr std::int64_t kShortColumns = 4096 / sizeof(A);
 template <class A>
 constexpr std::int64_t kMostShortChannels = kShortColumns<A> / cpu::kLeastShort + kMaxBatch;
 
+// Blocks of a group: as many units make one as an accumulator takes, in whole planes.
+template <class A>
+constexpr std::int64_t kMostBlocks = cpu::kMostShortGroup / (cpu::kTermsPerSum * kUnit<A> - cpu::kMostShort) + 1;
 // One value per column of a block.
 template <class A>
 struct ShortColumns {
   alignas(NORMEXT_VECTOR_BYTES) A of[kShortColumns<A>];
 };
+
+// Of columns that have all of it each: the scalars come in this order.
+enum ColumnScalar { kOfHi, kOfLo, kOfRstd, kOfWeight, kOfBias, kAffineScalars };
+template <class T, bool kHasBias, class Extent>
+NORMEXT_INLINE UnitAffine<Accumulate<T>> affine_of_columns(const ShortColumns<Accumulate<T>>* scalars, std::int64_t column,
+                                                           Extent extent) {
+  Pair<Accumulate<T>> s[kAffineScalars] = {};
+#pragma GCC unroll 5
+  for (int k = 0; k < (kHasBias ? kAffineScalars : kOfBias); ++k) s[k] = load<T>(scalars[k].of + column, extent);
+  return {{{s[kOfHi].a, s[kOfLo].a, s[kOfRstd].a}, {s[kOfHi].b, s[kOfLo].b, s[kOfRstd].b}}, s[kOfWeight], s[kOfBias]};
+}
 
 // Some channels of every image.
 template <class T>
@@ -43,6 +58,10 @@ struct ShortBlock {
     return smaller(fit < least ? least : fit, most_channels(shape));
   }
   NORMEXT_INLINE static std::int64_t most_channels(const ChannelShape& shape) { return kShortColumns<A> / shape.spatial; }
+  // Of a block of a group: as many units as an accumulator takes.
+  NORMEXT_INLINE static std::int64_t channels_of_group(const ChannelShape& shape) {
+    return smaller(most_channels(shape), cpu::kTermsPerSum * kUnit<A> / shape.spatial);
+  }
   NORMEXT_INLINE std::int64_t columns() const { return channels * shape.spatial; }
   NORMEXT_INLINE std::int64_t image_stride() const { return shape.channels * shape.spatial; }
   // Offset of the block in an image.
