@@ -3,6 +3,8 @@
 
 #include "norms/channel_norm.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -118,10 +120,19 @@ std::size_t lay_out(void* base, std::size_t value_bytes, const std::int64_t (&co
   return offset + kAlignment;
 }
 
+// What stays in L2 until it is read again.
+std::int64_t resident_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const std::int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 or less: unknown
+  if (l2 > 0) return std::min(l2, kMostResidentBytes);
+#endif
+  return kMostResidentBytes;
+}
+
 // Whether units of work, `count` of at most `bytes` each, are handled one after the other: such a unit fits L2, and threads that
 // share them out are busy to the end, three quarters of them at least.
 bool handled_whole(std::int64_t count, std::int64_t bytes, std::int64_t threads) {
-  return bytes <= kResidentBytes && 4 * count >= 3 * over(count, threads) * threads;
+  return bytes <= resident_bytes() && 4 * count >= 3 * over(count, threads) * threads;
 }
 
 // The columns of an image that are handled as a unit: all, blocks of them if the image may be cut, or 0 if no unit fits. Threads
@@ -133,11 +144,11 @@ std::int64_t columns_of_unit(const ChannelShape& shape, std::int64_t value_bytes
   std::int64_t columns = shape.channels;
   if (may_cut && is_amd() && group > 1) {
     const std::int64_t step = std::lcm(kColumnStep, group);
-    if (columns * column_bytes <= kResidentBytes) {
+    if (columns * column_bytes <= resident_bytes()) {
       if (value_bytes > 2 && columns >= 2 * kNarrowColumns)
         columns = std::min(columns, std::max(kNarrowColumns / step, std::int64_t{1}) * step);
     } else if (shape.batch * columns * column_bytes <= kMostBlockedBytes) {
-      columns = kResidentBytes / column_bytes / step * step;
+      columns = resident_bytes() / column_bytes / step * step;
       if (columns * value_bytes < kLeastBlockBytes) return 0;
     }
   }

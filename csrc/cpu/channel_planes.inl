@@ -204,9 +204,9 @@ struct PlanesForward {
     const T* x = static_cast<const T*>(args.input) + block.offset(image);
     const T* residual = at(static_cast<const T*>(args.residual), block.offset(image));
     T* y = static_cast<T*>(args.output) + block.offset(image);
-    for_output_units<A>(0, block.columns(), [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
+    for_units<A>(0, block.columns(), [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
       output_units<T, kFused, kImages>(args.activation, x + column, at(residual, column), block.image_stride(), y + column,
-                                       block.image_stride(), affine_of_columns<T, true>(scalars, column, extent), extent);
+                                       block.image_stride(), affine_of_columns<T, true>(scalars, column), extent);
     });
   }
   // Output of a block in images [begin, end).
@@ -214,9 +214,10 @@ struct PlanesForward {
     const Parameter<T> weight = weight_of<T>(args), bias = bias_of<T>(args);
     const A* stats = static_cast<const A*>(args.stats);
     ShortColumns<A> scalars[kAffineScalars];
-    for (int k = kOfHi; k <= kOfRstd; ++k) block.spread(scalars[k], [&](std::int64_t c) { return stats[k * columns + c]; });
-    block.spread(scalars[kOfWeight], [&](std::int64_t c) { return weight[c]; });
-    block.spread(scalars[kOfBias], [&](std::int64_t c) { return bias[c]; });
+    for (int k = kOfHi; k <= kOfRstd; ++k)
+      block.spread_in_order(scalars[k], [&](std::int64_t c) { return stats[k * columns + c]; });
+    block.spread_in_order(scalars[kOfWeight], [&](std::int64_t c) { return weight[c]; });
+    block.spread_in_order(scalars[kOfBias], [&](std::int64_t c) { return bias[c]; });
     std::int64_t image = begin;
     constexpr int shared = kSharedImages<kFused>;
     for (; end - image >= shared; image += shared) short_output<shared>(block, scalars, image);

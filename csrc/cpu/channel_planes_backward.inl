@@ -241,9 +241,10 @@ struct PlanesBackward {
   using Columns = ShortColumns<A>[kScalars];
   NORMEXT_INLINE void spread_scalars(const ShortBlock<T>& block, Columns& scalars) const {
     const A* stats = static_cast<const A*>(args.stats);
-    for (int k = kOfHi; k <= kOfRstd; ++k) block.spread(scalars[k], [&](std::int64_t c) { return stats[k * channels + c]; });
-    block.spread(scalars[kOfWeight], [&](std::int64_t c) { return weight[c]; });
-    if constexpr (kFused) block.spread(scalars[kOfBias], [&](std::int64_t c) { return bias[c]; });
+    for (int k = kOfHi; k <= kOfRstd; ++k)
+      block.spread_in_order(scalars[k], [&](std::int64_t c) { return stats[k * channels + c]; });
+    block.spread_in_order(scalars[kOfWeight], [&](std::int64_t c) { return weight[c]; });
+    if constexpr (kFused) block.spread_in_order(scalars[kOfBias], [&](std::int64_t c) { return bias[c]; });
   }
   // Quantity q of a segment of a block.
   NORMEXT_INLINE void store_sums(const ShortBlock<T>& block, std::int64_t segment, int q, const ShortColumns<A>& of_columns) const {
@@ -260,7 +261,7 @@ struct PlanesBackward {
                                  [&](std::int64_t i, std::int64_t column, auto extent, Sums<A, 2>& s)
                                      __attribute__((always_inline)) {
                                        Pair<A> xhat[1], dz[1];
-                                       read_unit(i, affine_of_columns<T, kFused>(scalars, column, extent), xhat, dz, extent);
+                                       read_unit(i, affine_of_columns<T, kFused>(scalars, column), xhat, dz, extent);
                                        s.of[0] = s.of[0] + dz[0];
                                        s.of[1] = {fma(dz[0].a, xhat[0].a, s.of[1].a), fma(dz[0].b, xhat[0].b, s.of[1].b)};
                                      });
@@ -270,17 +271,17 @@ struct PlanesBackward {
   template <bool kFixed>
   __attribute__((noinline)) void short_values(const ShortBlock<T>& block, Columns& scalars) const {
     for (int k = 0; !kFixed && k < 2; ++k) {
-      block.spread(scalars[kOfMeanG + k], [&](std::int64_t c) { return means[k * channels + c]; });
+      block.spread_in_order(scalars[kOfMeanG + k], [&](std::int64_t c) { return means[k * channels + c]; });
     }
     for (std::int64_t image = 0; image < shape.batch; ++image) {
       const std::int64_t first = block.offset(image);
-      for_output_units<A>(0, block.columns(), [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
+      for_units<A>(0, block.columns(), [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
         Pair<A> mean_g = {}, mean_gx = {};
         if constexpr (!kFixed) {
-          mean_g = load<T>(scalars[kOfMeanG].of + column, extent);
-          mean_gx = load<T>(scalars[kOfMeanGx].of + column, extent);
+          mean_g = Packed<A>::read(scalars[kOfMeanG].of + column).unpack();
+          mean_gx = Packed<A>::read(scalars[kOfMeanGx].of + column).unpack();
         }
-        value_units<kFixed, 1>(first + column, affine_of_columns<T, kFused>(scalars, column, extent), mean_g, mean_gx, extent);
+        value_units<kFixed, 1>(first + column, affine_of_columns<T, kFused>(scalars, column), mean_g, mean_gx, extent);
       });
     }
   }

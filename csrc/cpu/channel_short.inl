@@ -31,14 +31,14 @@ struct ShortColumns {
   alignas(NORMEXT_VECTOR_BYTES) A of[kShortColumns<A>];
 };
 
-// Of columns that have all of it each: the scalars come in this order.
+// Of columns that have all of it each, in the order of T (vector.h): the scalars come in this order.
 enum ColumnScalar { kOfHi, kOfLo, kOfRstd, kOfWeight, kOfBias, kAffineScalars };
-template <class T, bool kHasBias, class Extent>
-NORMEXT_INLINE UnitAffine<Accumulate<T>> affine_of_columns(const ShortColumns<Accumulate<T>>* scalars, std::int64_t column,
-                                                           Extent extent) {
+template <class T, bool kHasBias>
+NORMEXT_INLINE UnitAffine<Accumulate<T>> affine_of_columns(const ShortColumns<Accumulate<T>>* scalars, std::int64_t column) {
   Pair<Accumulate<T>> s[kAffineScalars] = {};
 #pragma GCC unroll 5
-  for (int k = 0; k < (kHasBias ? kAffineScalars : kOfBias); ++k) s[k] = load<T>(scalars[k].of + column, extent);
+  for (int k = 0; k < (kHasBias ? kAffineScalars : kOfBias); ++k)
+    s[k] = Packed<Accumulate<T>>::read(scalars[k].of + column).unpack();
   return {{{s[kOfHi].a, s[kOfLo].a, s[kOfRstd].a}, {s[kOfHi].b, s[kOfLo].b, s[kOfRstd].b}}, s[kOfWeight], s[kOfBias]};
 }
 
@@ -74,6 +74,14 @@ struct ShortBlock {
     for (std::int64_t c = 0; c < channels; ++c, p += shape.spatial) {
       const A x = value(first + c);
       for (std::int64_t s = 0; s < shape.spatial; ++s) p[s] = x;
+    }
+  }
+  // The same in the order of T (vector.h), for units from `column` 0 on.
+  template <class Value>
+  NORMEXT_INLINE void spread_in_order(ShortColumns<A>& out, Value value) const {
+    spread(out, value);
+    if constexpr (Packed<T>::kEvenOdd) {
+      for (std::int64_t c = 0; c < columns(); c += kUnit<A>) Packed<A>::pack(load<T>(out.of + c, Whole{})).write(out.of + c);
     }
   }
   // sums[c] = sum over the columns of channel c of the block. `sums` is written in whole vectors.

@@ -357,15 +357,40 @@ NORMEXT_INLINE void store_elements(T* row, const T* buffer, int count) {
 }
 #endif
 
+#if NORMEXT_VECTOR_BYTES == 32
+// The first `count` elements, if so many fit, and zeros; nothing else is read. A vector put together in memory would have to wait
+// for each of its parts.
+template <class T>
+NORMEXT_INLINE __m256i masked_load(const T* p, int count) {
+  if constexpr (sizeof(T) == 8) {
+    const __m256i lanes = _mm256_setr_epi64x(0, 1, 2, 3);
+    return _mm256_maskload_epi64(reinterpret_cast<const long long*>(p), _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), lanes));
+  } else {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i words = _mm256_set1_epi32(count * static_cast<int>(sizeof(T)) / 4);
+    const __m256i whole = _mm256_maskload_epi32(reinterpret_cast<const int*>(p), _mm256_cmpgt_epi32(words, lanes));
+    if (sizeof(T) == 4 || count % 2 == 0) return whole;
+    const __m256i last = _mm256_set1_epi32(load_bytes<std::uint16_t>(p + count - 1));  // half a word
+    return _mm256_or_si256(whole, _mm256_and_si256(_mm256_cmpeq_epi32(words, lanes), last));
+  }
+}
+#endif
 template <class T>
 NORMEXT_INLINE Packed<T> load_packed(const T* p, Whole) {
   return Packed<T>::read(p);
 }
 template <class T>
 NORMEXT_INLINE Packed<T> load_packed(const T* p, Partial part) {
+#if NORMEXT_VECTOR_BYTES == 32
+  constexpr int kElements = 32 / static_cast<int>(sizeof(T));
+  __m256i data[sizeof(Packed<T>) / 32];
+  for (int v = 0; v * kElements < kUnit<Accumulate<T>>; ++v) data[v] = masked_load(p + v * kElements, part.count - v * kElements);
+  return load_bytes<Packed<T>>(data);
+#else
   T buffer[kUnit<Accumulate<T>>];
   load_elements(buffer, p, part.count);
   return Packed<T>::read(buffer);
+#endif
 }
 template <class T>
 NORMEXT_INLINE void store_packed(T* p, Packed<T> x, Whole) {
