@@ -71,8 +71,8 @@ def stamp(command):
 
 
 def file_name(machine):
-    """A file name made of the hardware's name, never the host's."""
-    name = machine.get("gpu") or f"{machine['cpu']} {machine['threads']} threads"
+    """A file name made of the hardware's name, never the host's. Virtual machines give processors of several years one name."""
+    name = machine.get("gpu") or f"{machine['cpu']} {machine['isa']} {machine['threads']} threads"
     words = re.sub(r"\((r|tm)\)|@.*ghz|\bprocessor\b|\bcpu\b", " ", name.lower())
     return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
 
