@@ -247,6 +247,17 @@ def write(path):
             plot.save(results, path.with_suffix(".png"))
 
 
+def summaries(machines):
+    """What README shows: machines with most back ends first, errors of the first alone, as processors hardly differ in them."""
+
+    def backends(results):
+        return len({case["backend"] for case in results["sections"].get("accuracy", {"cases": []})["cases"]})
+
+    for place, results in enumerate(sorted(machines, key=backends, reverse=True)):
+        shown = {name: part for name, part in results["sections"].items() if name != "accuracy" or place == 0}
+        yield render({**results, "sections": shown}, details=False)
+
+
 def readme(path, texts, check):
     text = path.read_text()
     if BEGIN not in text or END not in text:
@@ -269,7 +280,7 @@ def main():
         for path in paths:
             write(path)
     if args.readme:
-        readme(args.readme, [render(machine.load(path), details=False) for path in paths], args.check)
+        readme(args.readme, summaries([machine.load(path) for path in paths]), args.check)
 
 
 if __name__ == "__main__":

@@ -74,29 +74,40 @@ def test_every_layer_becomes_one(name, affine, dtype):
     assert (found.double() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
 
 
+def relative_error(found, exact):
+    """RMS error as a share of the output."""
+    return ((found.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
+
+
 def folded_error(model, inputs):
     """RMS error against float64 before and after folding, as shares of the output."""
     exact = copy.deepcopy(model).double()(inputs.double())
-
-    def error():
-        return ((model(inputs).double() - exact).square().mean() / exact.square().mean()).sqrt().item()
-
     with torch.no_grad():
-        before = error()
+        before = relative_error(model(inputs), exact)
         report = fold_batch_norm(model, inputs)
-        return before, error(), report
+        return before, relative_error(model(inputs), exact), report
 
 
 @pytest.mark.parametrize("mean", [0.0, 100.0])
 @pytest.mark.parametrize(("inside", "out", "kernel"), [(1, 64, 1), (16, 64, 1), (64, 64, 3), (256, 32, 3)])
 def test_at_most_twice_the_error_of_the_unfolded_model(inside, out, kernel, mean):
+    """Or not above that of torch's convolution with the exact parameters, rounded once: on processors with AVX2 alone torch's
+    convolution is three times less accurate with a bias than without."""
     model = pair(nn.Conv2d(inside, out, kernel, bias=mean != 0), nn.BatchNorm2d(out))
     if mean:
         nn.init.constant_(model[0].bias, mean)
         model[1].running_mean += mean
-    before, after, report = folded_error(model, torch.randn(4, inside, 12, 12))
+    inputs = torch.randn(4, inside, 12, 12)
+    exact = copy.deepcopy(model).double()
+    conv, norm = exact
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    weight = (conv.weight * scale[:, None, None, None]).float()
+    bias = (norm.bias + scale * ((conv.bias if mean else 0.0) - norm.running_mean)).float()
+    with torch.no_grad():
+        best = relative_error(torch.nn.functional.conv2d(inputs, weight, bias), exact(inputs.double()))
+    before, after, report = folded_error(model, inputs)
     assert len(report.folded) == 1
-    assert 0 < after <= 2 * before
+    assert 0 < after <= max(2 * before, 1.05 * best)
 
 
 RESNET_PAIRS = [
