@@ -28,7 +28,7 @@ struct ChannelPlan {
   Parallel parallel;
   std::int64_t piece = 0;   // planes: values of a line that make a segment; channels-last: rows of an image that make a run
   std::int64_t pieces = 1;  // of a line, or of an image
-  std::int64_t images = 0;  // short planes: of a segment; others: 0
+  std::int64_t images = 0;  // of a segment that is a channel in several of them (channel_short.inl); others: 0
   std::int64_t padded = 0;  // stride of arrays over columns
   // A unit of work (a column of lines, a block of columns of an image) fits L2: everything is done for it before the next is begun.
   // Otherwise threads share each pass over the whole input.

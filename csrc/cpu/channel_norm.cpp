@@ -37,9 +37,9 @@ constexpr std::int64_t kRowGroup = 8;
 constexpr std::int64_t kSharingBytes = 240 * 1024;
 constexpr std::int64_t kSharingBytesOfChannel = 200;
 
-// Groups of short planes: input and gradient of a segment, and segments of a call.
+// Groups of short planes: input and gradient of a segment, and tasks of a call, each a group in a segment.
 constexpr std::int64_t kShortSegmentBytes = 256 * 1024;
-constexpr std::int64_t kLeastShortSegments = 16;
+constexpr std::int64_t kLeastShortTasks = 16;
 
 std::int64_t over(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
 std::int64_t padded(std::int64_t n) { return over(n, kMaxUnit) * kMaxUnit; }
@@ -77,14 +77,16 @@ std::int64_t short_images(const ChannelShape& shape, DType dtype, std::int64_t m
   const bool many = shape.batch_norm() && shape.batch >= kLeastShortImages && shape.channels >= kLeastShortChannels;
   return many && has_short_planes(shape, dtype, most) ? piece_of(shape.batch, kTermsPerSum, 1) : 0;
 }
-// The same of groups in a backward, whatever the batch, since dx may not depend on it; fewer images where they would not stay in
-// L2, or would make too few segments to share out.
-std::int64_t short_images_of_groups(const ChannelShape& shape, DType dtype) {
+// The same of groups in a backward: fewer images where they would not stay in L2, or would make too few tasks. Batches of one
+// image, too, since dx may not depend on the batch. Larger groups go plane by plane (one of 2048 channels of 5x5 does).
+std::int64_t short_images_of_groups(const ChannelBackwardArgs& args) {
+  const ChannelShape& shape = args.shape;
   const std::int64_t values = shape.group_channels() * shape.spatial;
-  if (shape.batch_norm() || shape.group_channels() == 1 || values > kMostShortGroup) return 0;
-  if (!has_short_planes(shape, dtype, kMostShort)) return 0;
-  const std::int64_t fit = kShortSegmentBytes / (2 * values * static_cast<std::int64_t>(size_of(dtype)));
-  const std::int64_t most = std::min({kTermsPerSum, fit, shape.batch * shape.groups / kLeastShortSegments});
+  if (shape.batch_norm() || args.fixed_stats || args.given_sums || shape.group_channels() == 1 || values > kMostShortGroup)
+    return 0;
+  if (!has_short_planes(shape, args.dtype, kMostShort)) return 0;
+  const std::int64_t fit = kShortSegmentBytes / (2 * values * static_cast<std::int64_t>(size_of(args.dtype)));
+  const std::int64_t most = std::min({kTermsPerSum, fit, shape.batch * shape.groups / kLeastShortTasks});
   return piece_of(shape.batch, std::max(most, std::int64_t{1}), 1);
 }
 
@@ -202,7 +204,7 @@ std::size_t forward_plan(const ChannelForwardArgs& args, void* workspace, Channe
 std::size_t backward_plan(const ChannelBackwardArgs& args, void* workspace, ChannelPlan& plan) {
   const ChannelShape& shape = args.shape;
   std::int64_t columns, rows, params;
-  plan.images = shape.batch_norm() ? short_images(shape, args.dtype, kMostShort) : short_images_of_groups(shape, args.dtype);
+  plan.images = shape.batch_norm() ? short_images(shape, args.dtype, kMostShort) : short_images_of_groups(args);
   if (plan.images != 0) {
     columns = over(shape.batch, plan.images) * shape.channels;
     rows = shape.batch_norm() ? 2 * shape.channels : 0;

@@ -1,6 +1,7 @@
 // Channel norms backward on [batch, channels, spatial] for one instruction set.
 //
-// Each plane gives sum(dz) and sum(dz*xhat), plane by plane or, where planes are long, segment by segment. From these come the
+// Each plane gives sum(dz) and sum(dz*xhat), plane by plane or, where planes are long, segment by segment (short planes:
+// channel_short.inl; their groups have means from sums of their own). From these come the
 // means of a slab and the parameter gradients; then dx and dz are formed from the input once more, cut anywhere. With fixed
 // statistics they are formed in the first pass, but not where planes are short. plan.partial: sums
 // [2, planes * pieces]; plan.merged: the same of whole planes; plan.rows: means [2, slabs] of g and g*xhat; plan.params: sums [2,
@@ -302,13 +303,13 @@ struct PlanesBackward {
     }
   }
 
-  // Everything for group `of_image` in the images of a segment.
-  __attribute__((noinline)) void short_group(std::int64_t segment, std::int64_t of_image) const {
-    const std::int64_t begin = segment * plan.images, end = smaller(begin + plan.images, shape.batch), first = of_image * group;
-    const std::int64_t most = ShortBlock<T>::channels_of_group(shape);
+  // Everything for group `g` in the images of a segment.
+  __attribute__((noinline)) void short_group(std::int64_t segment, std::int64_t g) const {
+    const std::int64_t begin = segment * plan.images, end = smaller(begin + plan.images, shape.batch), first = g * group;
+    const std::int64_t most = ShortBlock<T>::channels_of_group_block(shape);
     const int count = static_cast<int>(end - begin);
     CentredRow<A> rows[kMaxBatch];
-    for (int r = 0; r < count; ++r) rows[r] = slab_of<T>(args, (begin + r) * shape.groups + of_image);
+    for (int r = 0; r < count; ++r) rows[r] = slab_of<T>(args, (begin + r) * shape.groups + g);
     ShortColumns<A> w, b;
     const auto spread = [&](const ShortBlock<T>& block) {
       block.spread(w, [&](std::int64_t c) { return weight[c]; });
@@ -330,9 +331,9 @@ struct PlanesBackward {
           const Pair<A> x = keep<T>(xhat[0], extent), d = kFused ? keep<T>(dz[0], extent) : dz[0];
           s.of[0] = s.of[0] + d;
           s.of[1] = {fma(d.a, x.a, s.of[1].a), fma(d.b, x.b, s.of[1].b)};
-          const Pair<A> g = {d.a * wi.a, d.b * wi.b};
-          lanes[0][r] = lanes[0][r] + (g.a + g.b);
-          lanes[1][r] = lanes[1][r] + fma(g.a, x.a, g.b * x.b);
+          const Pair<A> wd = {d.a * wi.a, d.b * wi.b};
+          lanes[0][r] = lanes[0][r] + (wd.a + wd.b);
+          lanes[1][r] = lanes[1][r] + fma(wd.a, x.a, wd.b * x.b);
         }
         for (int q = 0; q < 2; ++q) store<T>(of_columns[q].of + column, s.of[q], extent);
       });

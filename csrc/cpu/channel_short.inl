@@ -58,8 +58,8 @@ struct ShortBlock {
     return smaller(fit < least ? least : fit, most_channels(shape));
   }
   NORMEXT_INLINE static std::int64_t most_channels(const ChannelShape& shape) { return kShortColumns<A> / shape.spatial; }
-  // Of a block of a group: as many units as an accumulator takes.
-  NORMEXT_INLINE static std::int64_t channels_of_group(const ChannelShape& shape) {
+  // Channels of a block of a group, which has no more units than an accumulator takes.
+  NORMEXT_INLINE static std::int64_t channels_of_group_block(const ChannelShape& shape) {
     return smaller(most_channels(shape), cpu::kTermsPerSum * kUnit<A> / shape.spatial);
   }
   NORMEXT_INLINE std::int64_t columns() const { return channels * shape.spatial; }

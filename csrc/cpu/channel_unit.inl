@@ -7,7 +7,7 @@ namespace normext {
 inline namespace NORMEXT_ISA {
 namespace {
 
-// What the values of a unit go through.
+// What the values of a unit go through; slab[0] is for its first vector, slab[1] for the second.
 template <class A>
 struct UnitAffine {
   CentredRow<Vector<A>> slab[2];

@@ -1,4 +1,4 @@
-// AVX2 with FMA and F16C. Flags: -mavx2 -mfma -mf16c
+// AVX2 with FMA and F16C. Flags: -mavx2 -mfma -mf16c, and of GCC -mmove-max=256 -mstore-max=256
 #if defined(__x86_64__)
 
 #define NORMEXT_ISA avx2

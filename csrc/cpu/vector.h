@@ -346,11 +346,13 @@ NORMEXT_INLINE void copy_elements(T* to, const T* from, int count) {
   }
   if constexpr (kCount > 1) copy_elements<kCount / 2>(to + done, from + done, count);
 }
+#if NORMEXT_VECTOR_BYTES < 32
 template <class T>
 NORMEXT_INLINE void load_elements(T* buffer, const T* row, int count) {
   __builtin_memset(buffer, 0, sizeof(Packed<T>));
   copy_elements<kUnit<Accumulate<T>> / 2>(buffer, row, count);
 }
+#endif
 template <class T>
 NORMEXT_INLINE void store_elements(T* row, const T* buffer, int count) {
   copy_elements<kUnit<Accumulate<T>> / 2>(row, buffer, count);
@@ -358,8 +360,8 @@ NORMEXT_INLINE void store_elements(T* row, const T* buffer, int count) {
 #endif
 
 #if NORMEXT_VECTOR_BYTES == 32
-// The first `count` elements, if so many fit, and zeros; nothing else is read. A vector put together in memory would have to wait
-// for each of its parts.
+// The first `count` elements, those that fit, and zeros; nothing else is read. Of 16-bit elements the vector is a unit, so that
+// there are 1 to 15. A vector put together in memory would have to wait for each of its parts.
 template <class T>
 NORMEXT_INLINE __m256i masked_load(const T* p, int count) {
   if constexpr (sizeof(T) == 8) {

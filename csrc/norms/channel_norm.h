@@ -3,7 +3,8 @@
 //
 //   z = xhat*w_c + b_c + residual,  y = act(z);   dz = dy*act'(z)
 //   dw_c = sum dz*xhat,  db_c = sum dz;   g = dz*w_c;   dx = rstd * (g - mean(g) - xhat*mean(g*xhat)), means over the slab
-// The means follow from the sums of each channel: mean(g) = sum_c w_c*sum(dz) / n, mean(g*xhat) = sum_c w_c*sum(dz*xhat) / n.
+// The means follow from the sums of each channel, or are summed by themselves: mean(g) = sum_c w_c*sum(dz) / n, mean(g*xhat) =
+// sum_c w_c*sum(dz*xhat) / n.
 #pragma once
 
 #include "core/channel_args.h"
