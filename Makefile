@@ -13,7 +13,7 @@ ifeq ($(PYTHON),.venv/bin/python)
 ENVIRONMENT = .venv/environment
 endif
 
-.PHONY: help environment build develop demo test bench gpu-check mutants sanitize kernels kernel-table lint format torch-oldest
+.PHONY: help environment build develop demo test bench gpu-check mutants sanitize kernels kernel-table lint format neon torch-oldest
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -105,6 +105,12 @@ format: environment
 	$(PYTHON) -m ruff check --fix-only .
 	$(PYTHON) -m ruff format .
 	$(dir $(PYTHON))clang-format -i $(FORMATTED)
+
+# All templates are instantiated; no machine code is made.
+neon:  ## the CPU kernels for aarch64, by a cross compiler (Debian and Ubuntu: g++-aarch64-linux-gnu)
+	for source in isa_neon isa_scalar isa channel_norm; do \
+	  aarch64-linux-gnu-g++ -std=c++17 -fsyntax-only -Wall -Wextra -Icsrc csrc/cpu/$$source.cpp || exit 1; \
+	done
 
 # What compiles against this torch's headers may not against those of torch 2.10, the oldest supported. Its aarch64 wheel is a
 # small CPU build, and headers are all that is needed.

@@ -48,16 +48,19 @@ def channel_figures(case, tensors, call):
 
 
 def op_name(case):
-    """Fused channel norms apart: torch rounds between norm, sum and activation."""
-    fused = isinstance(case, channel_cases.ChannelCase) and (case.residual or case.activation)
-    return f"{case.op}, fused" if fused else case.op
+    """Channel norms by layout, and fused ones apart: torch rounds between norm, sum and activation."""
+    if not isinstance(case, channel_cases.ChannelCase):
+        return case.op
+    return f"{case.op}, {case.layout}" + (", fused" if case.residual or case.activation else "")
 
 
 def kind(case):
     """The class of inputs a figure stands for."""
     if case.dtype in cases.SIXTEEN_BIT:
         return "16-bit" if case.parameters == case.dtype else "16-bit, float32 parameters"
-    return "mean 0" if case.mean == 0 and case.data != "mixed" else "mean 10 to 1e6"
+    if case.data == "mixed":
+        return "means of their own"
+    return f"mean {case.mean:.0f}" if case.mean < 1000 else f"mean {case.mean:.0e}".replace("e+0", "e")
 
 
 def largest(backend, quick, with_torch):

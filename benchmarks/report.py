@@ -164,15 +164,21 @@ def blocks(section):
     return "\n\n".join(tables)
 
 
-def accuracy(section, by_quantity=True):
-    """Largest figure per op and class of inputs, of every back end and of torch; over all outputs unless `by_quantity`."""
+def accuracy(section, details=True):
+    """Largest figure per op and class of inputs, of every back end and of torch. Without details over all outputs, parameters of
+    either dtype together, and no fused calls."""
     names = list(dict.fromkeys(case["backend"] for case in section["cases"]))
     rows = {}
     for case in section["cases"]:
-        key = (case["op"], case["inputs"], *((case["quantity"],) if by_quantity else ()))
+        if details:
+            key = (case["op"], case["inputs"], case["quantity"])
+        elif case["op"].endswith(", fused"):
+            continue
+        else:
+            key = (case["op"], case["inputs"].removesuffix(", float32 parameters"))
         row = rows.setdefault(key, {})
         row[case["backend"]] = max(row.get(case["backend"], 0.0), case["figure"])
-    header = ["op", "inputs", *(["quantity"] if by_quantity else []), *names]
+    header = ["op", "inputs", *(["quantity"] if details else []), *names]
     return table(header, [[*key, *(error(row.get(name)) for name in names)] for key, row in rows.items()])
 
 
@@ -218,7 +224,7 @@ def render(results, details=True):
     part(f"Share of the rate of `y.copy_(x)`, warm pages, from {figures.OUT_OF_CACHE >> 20} MB", "cpu_warm", copy_rate_summary)
     part("Channel norms: times torch eager and torch.compile, geometric means over the grid", "channel", channel_summary)
     part("Call overhead and compiled blocks", "overhead", calls, blocks)
-    part("Largest error, in units of the accuracy contract (limit 4)", "accuracy", partial(accuracy, by_quantity=details))
+    part("Largest error, in units of the accuracy contract (limit 4)", "accuracy", partial(accuracy, details=details))
     part("Device time", "gpu", partial(gpu, groups=None if details else ("llm", "decode")))
     if details and "cpu_fresh" in sections:
         for op in figures.OPS:

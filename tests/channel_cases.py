@@ -338,7 +338,8 @@ def _short_planes(at):
         yield at(*shape, activation=activation, residual=True, dtype=torch.bfloat16)
     for weight, bias in ((False, False), (True, False), (False, True)):
         yield at(*shape, weight=weight, bias=bias, residual=True)
-    yield at(40, 33, (2,), 1, data="two_valued")
+    for data in ("two_valued", "outlier"):
+        yield at(40, 33, (2,), 1, data=data)
     yield at(17, 34, (7, 9), 1, dtype=torch.bfloat16)
 
 

@@ -6,8 +6,8 @@
 1. ptxas logs (kept beside each object by cmake/keep_ptxas_log.sh): no kernel spills or has a stack frame on any architecture.
 2. tests/kernel_table.csv, registers per kernel and architecture: no kernel comes or goes, or grows by a step of register
    allocation, unnoticed. Compared for the nvcc release that wrote the table only; others allocate differently.
-3. Machine code, where cuobjdump is found (CUDA toolkit, or `pip install .[sass]`): no local memory, no float64 instruction in a
-   kernel for other types, and 128-bit global loads and stores in every kernel whose vectors have 16 bytes.
+3. Machine code, where cuobjdump is found (CUDA toolkit, or `pip install --group sass`): no local memory, no float64 instruction
+   in a kernel for other types, and 128-bit global loads and stores in every kernel whose vectors have 16 bytes.
 """
 
 import argparse

@@ -62,6 +62,27 @@ def leaf(*shape):
 for name, function in functions.items():
     for cols in (64, 1000, 4096, 65536):
         check(name, function, *(t.requires_grad_() for t in (leaf(64, cols), leaf(64, cols), leaf(cols))))
+# What servers capture: in place, and without gradients.
+for cols in (64, 1000, 4096, 65536):
+    x, r, w = leaf(64, cols), leaf(64, cols), leaf(cols)
+    normed, total = x.clone(), r.clone()
+    def step():
+        normext.fused_add_rms_norm_(normed, total, w, 1e-6)
+        return normext.layer_norm(x, w.shape, w, w), normext.rms_norm(x, w.shape, w)
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        x.normal_(), normed.copy_(x), total.copy_(r)
+        graph.replay()
+        found = [t.clone() for t in (normed, total, *captured)]
+        expected = [*normext.add_rms_norm(x, r, w.shape, w, 1e-6), *(f(x, r, w) for f in list(functions.values())[:2])]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), cols
+    print("captured and replayed in place", cols)
 for name, function in channel_functions.items():
     for shape in ((8, 64, 7, 7), (2, 64, 56, 56), (1, 64, 512, 512)):
         for layout in (torch.contiguous_format, torch.channels_last):

@@ -179,6 +179,14 @@ MUTANTS = (
         CHANNEL_INVARIANCE,
     ),
     Mutant(
+        "first row of a task not written where inputs are large",
+        "csrc/cpu/channel_last.inl",
+        "return apply<1, true>(from, to, all);",
+        "return apply<1, true>(from + 1, to, all);",
+        "avx2",
+        CHANNEL_INVARIANCE,
+    ),
+    Mutant(
         "gradient of the last row of a group with fixed statistics forgotten",
         "csrc/cpu/channel_last_backward.inl",
         "for (; row < count; ++row) take(row, std::integral_constant<int, 1>());",

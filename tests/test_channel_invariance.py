@@ -70,9 +70,11 @@ def test_large_images_do_not_depend_on_the_batch(case, backend):
         cases.assert_same(results(case, t.images(index)), [r[index] for r in expected], index)
 
 
+@pytest.mark.parametrize("least", [3 << 20, 12 << 20], ids=["3MB", "12MB"])
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-def test_images_from_memory_are_those_from_cache(dtype, backend):
-    """The CPU takes channels-last rows otherwise from 3 MB of input on: two at a time if wider than 16 bits, and fetches ahead."""
+def test_images_from_memory_are_those_from_cache(dtype, least, backend):
+    """The CPU takes channels-last rows otherwise from 3 MB of input on: two at a time if wider than 16 bits, one from 12 MB on, and
+    fetches ahead."""
     if backend.runs_cuda_code:
         pytest.skip("about the CPU's kernels")
     spatial = (99, 103) if dtype in cases.SIXTEEN_BIT else (69, 73)  # an image is too large to be handled in one go, too
@@ -83,10 +85,11 @@ def test_images_from_memory_are_those_from_cache(dtype, backend):
         ("batch_norm", {"training": False, "residual": True, "activation": "relu"}),
     ):
         case = cases.ChannelCase(op, 3, 70, spatial, 7, dtype=dtype, layout="channels_last", **more)
-        t = cases.make(case, backend)
-        assert t.x.nbytes > 3 << 20 > t.x[0].nbytes > 1 << 20
+        image_bytes = 70 * spatial[0] * spatial[1] * dtype.itemsize
+        t = cases.make(case, backend, batch=least // image_bytes + 1)
+        assert t.x.nbytes > least and 3 << 20 > image_bytes > 1 << 20
         expected = results(case, t)
-        for image in range(3):
+        for image in (0, t.x.shape[0] // 2, t.x.shape[0] - 1):
             index = slice(image, image + 1)
             cases.assert_same(results(case, t.images(index)), [r[index] for r in expected], op, more, image)
 

@@ -121,11 +121,26 @@ def imports(python, folder):
     return Path(file)
 
 
+CUDA_TENSOR = """
+import torch, normext
+class Claims(torch.Tensor):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        raise AssertionError(function)
+x, w = (torch.Tensor._make_wrapper_subclass(Claims, size, dtype=torch.float32, device="cuda") for size in ((2, 8), (8,)))
+torch.ops.normext.layer_norm.default.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), x, w, w, 1e-5)
+"""
+
+
 def test_venv_with_torch(source, tmp_path):
     python = make_venv(tmp_path / "venv")
     output = succeeds(*source.pip(python, source.folder), **source.environment())
     assert "CPU-only build" in output
-    assert (tmp_path / "venv") in imports(python, tmp_path).parents
+    package = imports(python, tmp_path).parent
+    assert (tmp_path / "venv") in package.parents
+    (module,) = package.glob("_C.*.so")
+    assert b".symtab" not in module.read_bytes()  # names of local functions, which only make the wheel larger
+    # A tensor that claims to be on a GPU, asked on the dispatcher, since torch without CUDA makes none that is.
+    assert "built without CUDA and got a CUDA tensor" in refused(python, "-c", CUDA_TENSOR, cwd=tmp_path)
 
 
 def test_editable(source, tmp_path):
@@ -300,6 +315,19 @@ def module():
     from normext._library import C
 
     return C.__file__
+
+
+@pytest.mark.parametrize(
+    "capability, answer",
+    [
+        *(((8, 0), "machine code"), ((8, 9), "machine code"), ((10, 3), "machine code"), ((12, 1), "machine code")),
+        *(((13, 0), "PTX"), ((7, 5), "not served"), ((11, 0), "not served")),
+    ],
+)
+def test_what_serves_a_gpu(capability, answer):
+    from normext.__main__ import served_by
+
+    assert served_by(capability, [80, 90, 100, 120]).startswith(answer)
 
 
 def test_links_to_torch_and_to_no_driver(module):

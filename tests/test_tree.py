@@ -1,7 +1,7 @@
 """The reduction tree of a row fixes its bits: every legal mapping to threads, every alignment and every row stride agree.
 
-Mappings are forced through `plan()`. All of them are tried, at alignments and strides taken in turn; the default mapping and
-one other are tried at all of them.
+Mappings are forced through `plan()`: all legal combinations of the numbers in legal_mappings(), at alignments and strides taken in
+turn; the default mapping and one other are tried at all of these.
 """
 
 import itertools
@@ -35,11 +35,11 @@ def name(dtype):
 
 
 def legal_mappings(direction, dtype, rows, cols):
-    """Every mapping that plan() accepts, out of all combinations of the values that make a difference."""
+    """Every mapping that plan() accepts, out of all combinations of some numbers: powers of two and one or two others."""
     segments = PLAN(direction, name(dtype), rows, cols)["segments"]
     exact = {-(-segments // warps) for warps in (1, 3, 8, 16)}  # blocks that just cover the row
     for tier, warps, at_once, blocks in itertools.product(
-        TIERS, (1, 2, 3, 4, 8, 16), (1, 2, 3, 4, 8, 16, 64), sorted({1, 2, 4, 8, 16} | exact)
+        TIERS, (1, 2, 3, 4, 6, 8, 16), (1, 2, 3, 4, 8, 16, 64), sorted({1, 2, 4, 8, 16} | exact)
     ):
         mapping = {"tier": tier, "warps": warps, "rows_at_once": at_once, "blocks_per_row": blocks}
         try:

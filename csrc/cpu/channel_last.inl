@@ -38,6 +38,11 @@ template <class T>
 NORMEXT_INLINE bool fetches_far_rows(std::int64_t channels) {
   return sizeof(T) == 2 || 5 * channels * static_cast<std::int64_t>(sizeof(Accumulate<T>)) <= kScalarBytes;
 }
+template <class T>
+NORMEXT_INLINE bool takes_single_rows(const ChannelShape& shape) {
+  return sizeof(T) > 2 && shape.elements() * static_cast<std::int64_t>(sizeof(T)) > cpu::kMemoryBytes &&
+         fetches_far_rows<T>(shape.channels);
+}
 
 // Fetches the lines that follow kRows rows of `channels` values at p, as many as the units at channel c of these rows have.
 template <class T, int kRows, int kLocality>
@@ -232,7 +237,7 @@ struct LastForward {
         }
       };
       take(std::integral_constant<int, kMost>(), std::bool_constant<kFetch>());
-      take(std::integral_constant<int, 1>(), std::false_type());
+      if constexpr (kMost > 1) take(std::integral_constant<int, 1>(), std::false_type());
     }
   }
 
@@ -296,10 +301,14 @@ struct LastForward {
   // Output of tasks [begin, end), as one thread takes them.
   void output(std::int64_t begin, std::int64_t end) const {
     const std::int64_t rows = shape.batch * shape.spatial, task = rows_of_task<T>(channels);
-    const bool far = comes_from_memory<T>(shape) && fetches_far_rows<T>(channels);
+    const bool far = comes_from_memory<T>(shape) && fetches_far_rows<T>(channels), single = takes_single_rows<T>(shape);
     const auto take = [&](std::int64_t first, std::int64_t last) {
-      if (far) apply<kFarRows<T>, true>(first * task, smaller(last * task, rows), all);
-      else apply<kSharedRows, false>(first * task, smaller(last * task, rows), all);
+      const std::int64_t from = first * task, to = smaller(last * task, rows);
+      if constexpr (sizeof(T) > 2) {
+        if (single) return apply<1, true>(from, to, all);
+      }
+      if (far) apply<kFarRows<T>, true>(from, to, all);
+      else apply<kSharedRows, false>(from, to, all);
     };
     if (args.given_stats) take(begin, end);
     else in_reverse(begin, end, take);

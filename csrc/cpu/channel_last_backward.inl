@@ -16,7 +16,7 @@ namespace {
 
 // Rows that share the scalars of a channel. From memory two are faster than four, which are too many sequences of lines, and than
 // one, which loads too many scalars [Zen 4, forward+backward: 9 % less time than with four in float32, 4 % in bfloat16].
-constexpr int kGradientRows = 2;
+constexpr int kGradientRows = 2;  // or one: takes_single_rows()
 // Rows up to this are fetched to L1 for the pass that sums, longer ones to L2: they would push each other out, L1 of Zen 4 having 8
 // ways [8x512x28x28: 2022 -> 1871 us; 8x64x56x56, whose rows these are, would take 5 % more]. Nothing between was measured.
 constexpr std::int64_t kShortRowBytes = 256;
@@ -31,7 +31,7 @@ struct LastBackward {
   const std::int64_t channels = shape.channels;
   const Columns all = {0, channels};
   const std::int64_t padded = plan.padded;
-  const bool second_pass = wants_second_pass(args);
+  const bool second_pass = wants_second_pass(args), single_rows = takes_single_rows<T>(shape);
   const T* const input = static_cast<const T*>(args.input);
   const T* const grad_output = static_cast<const T*>(args.grad_output);
   const T* const residual = static_cast<const T*>(args.residual);
@@ -59,7 +59,8 @@ struct LastBackward {
       });
     };
     int row = 0;
-    for (; count - row >= kGradientRows; row += kGradientRows) take(row, std::integral_constant<int, kGradientRows>());
+    for (; !single_rows && count - row >= kGradientRows; row += kGradientRows)
+      take(row, std::integral_constant<int, kGradientRows>());
     for (; row < count; ++row) take(row, std::integral_constant<int, 1>());
   }
 
@@ -193,7 +194,7 @@ struct LastBackward {
           });
         }
       };
-      take(std::integral_constant<int, kGradientRows>());
+      if (!single_rows) take(std::integral_constant<int, kGradientRows>());
       take(std::integral_constant<int, 1>());
     }
   }

@@ -7,6 +7,7 @@
 
 #include "core/dtypes.h"
 #include "cpu/isa.h"
+#include "ops/launch.h"
 
 // Present in a torch built with CUDA only: weak, so that this library also loads into one without.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(std::int32_t device_index, void** stream);
@@ -161,6 +162,9 @@ void Tensor::check_memory(const void* pointer) const {
 }
 
 Tensor allocate(int ndim, const std::int64_t* sizes, const std::int64_t* strides, DType dtype, Device device) {
+#if !NORMEXT_WITH_CUDA && !NORMEXT_EMULATED
+  if (device.is_cuda()) refuse_cuda();
+#endif
   AtenTensorHandle handle = nullptr;
   if (aoti_torch_empty_strided(ndim, sizes, strides, torch_dtype(dtype), device.type, device.index, &handle) !=
       AOTI_TORCH_SUCCESS) {
