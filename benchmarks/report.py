@@ -186,6 +186,25 @@ def error(figure):
     return "-" if figure is None else f"{figure:.2f}" if figure < 100 else f"{figure:,.0f}" if figure < 1e6 else f"{figure:.0e}"
 
 
+def fold(section):
+    """Errors of the first run, all of which have the same inputs; median times."""
+    rows = []
+    for case in section["cases"]:
+        us = {name: median(values) for name, values in case["us"].items()}
+        error, answers = ({name: values[0] for name, values in case[what].items()} for what in ("error", "answers_of_float64"))
+        rows.append(
+            [f"{case['model']}, {case['folded'][0]} folded"]
+            + [f"{error[name]:.1e}, {answers[name]}" for name in ("unfolded", "folded")]
+            + [f"{microseconds(us[name])} ({us[name] / us['folded']:.2f}x)" for name in ("torch", "normext", "folded")]
+        )
+    measured = ("relative error, answers of float64's: unfolded", "folded")
+    return table(["CNN", *measured, "us, torch's BatchNorm", "normext's", "folded"], rows)
+
+
+def sync(section):
+    return "\n".join(["```", *section["printed"], "```"])
+
+
 # GPU --------------------------------------------------------------------------------------------------------------
 def gpu(section, groups=None):
     """Device times; the others' as multiples of normext's."""
@@ -225,6 +244,9 @@ def render(results, details=True):
     part("Channel norms: times torch eager and torch.compile, geometric means over the grid", "channel", channel_summary)
     part("Call overhead and compiled blocks", "overhead", calls, blocks)
     part("Largest error, in units of the accuracy contract (limit 4)", "accuracy", partial(accuracy, details=details))
+    part("Deployment: BatchNorm folded into convolutions", "fold", fold)
+    if details:
+        part("SyncBatchNorm, processes over gloo", "sync", sync)
     part("Device time", "gpu", partial(gpu, groups=None if details else ("llm", "decode")))
     if details and "cpu_fresh" in sections:
         for op in figures.OPS:

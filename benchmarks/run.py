@@ -21,7 +21,7 @@ import machine
 HERE = Path(__file__).resolve().parent
 # Memory is never given back to the system, so outputs land in pages already mapped. glibc reads these at start.
 WARM_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
-SECTIONS = ("cpu_fresh", "cpu_warm", "channel", "overhead", "accuracy")
+SECTIONS = ("cpu_fresh", "cpu_warm", "channel", "overhead", "accuracy", "fold", "sync")
 
 
 def child(script, *arguments, env=None):
@@ -88,10 +88,23 @@ def accuracy_section(options):
     return {"cases": rows, "runs": 1}, None
 
 
+def fold_section(options):
+    runs = [child("fold.py", *options.common) for _ in range(options.runs)]
+    return {"cases": merged([rows[1:] for rows in runs], ("model",))}, runs[0][0]["machine"]
+
+
+def sync_section(options):
+    """What sync_batch_norm.py prints; it judges its figures itself."""
+    command = [sys.executable, str(HERE / "sync_batch_norm.py"), *(["--quick"] if options.quick else [])]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return {"runs": 1, "printed": printed.splitlines()}, None
+
+
 def section(name, options):
     if name.startswith("cpu_"):
         return cpu_section(name.removeprefix("cpu_"), options)
-    return {"channel": channel_section, "overhead": overhead_section, "accuracy": accuracy_section}[name](options)
+    of_name = {"channel": channel_section, "overhead": overhead_section, "accuracy": accuracy_section, "fold": fold_section}
+    return {**of_name, "sync": sync_section}[name](options)
 
 
 def describe(threads):

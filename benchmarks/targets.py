@@ -13,7 +13,7 @@ FORWARD = {  # (op, dtype; None: both together): geometric mean over the grid, t
     ("add_rms_norm", None): 5.0,
     ("add_rms_norm", "float32"): 4.0,
 }
-COPY_RATE = {"float32": 0.9, "bfloat16": 0.7}  # of y.copy_(x), warm pages, out of cache, ops without residual
+COPY_RATE = {"float32": 0.9, "bfloat16": 0.7}  # of y.copy_(x), warm pages, out of cache
 SMALL_TRAIN_US = 40  # most extra time of a training step on less than figures.SMALL_INPUT
 CALL = 1.1  # times F.layer_norm's time, without gradients
 TRAIN_CALL = 1.4  # the same, forward and backward
@@ -52,7 +52,7 @@ def training(what, chosen):
 
 
 def cpu_warm(section):
-    for op in ("layer_norm", "rms_norm"):
+    for op in figures.OPS:
         for dtype, wanted in COPY_RATE.items():
             chosen = [figure for figure in figures.select(section, op, "forward", dtype) if figure.out_of_cache]
             if chosen:

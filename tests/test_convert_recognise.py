@@ -2,8 +2,11 @@
 
 import copy
 import importlib
+import importlib.util
 import inspect
 import pickle
+import re
+from pathlib import Path
 
 import cases
 import oracle
@@ -105,6 +108,38 @@ def test_refused_classes(model, name, args, reason):
     (refused,) = normext.convert(norm).refused
     assert reason in refused.reason
     assert type(norm) is kind
+
+
+def distinct_norms():
+    """(model, class): one for every forward that a norm of the installed transformers has, found without importing them."""
+    folder = Path(importlib.util.find_spec("transformers").origin).parent / "models"
+    found = {}
+    for file in sorted(folder.glob("*/modeling_*.py")):
+        for name, body in re.findall(r"^class (\w*Norm\w*)\(.*?\n(.*?)(?=^\S|\Z)", file.read_text(), re.MULTILINE | re.DOTALL):
+            found.setdefault(body.partition("def forward")[2] or name, (file.parent.name, name))
+    return found.values()
+
+
+@pytest.mark.once
+def test_every_norm_of_transformers_keeps_its_results_or_is_refused():
+    """Those that take a width and nothing else. What is recognised differs from release to release; a swap is right or a bug."""
+    pytest.importorskip("transformers")
+    swapped, x = [], torch.randn(3, 5, 96)
+    for model, name in distinct_norms():
+        try:
+            original = hugging_face(model, name, (96,))
+        except (Exception, pytest.skip.Exception):
+            continue
+        norm = copy.deepcopy(original)
+        report = normext.convert(norm)
+        if not report.swapped:
+            assert report.refused and type(norm) is type(original), (model, name)
+            continue
+        swapped.append(name)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            ours, theirs = norm.to(dtype)(x.to(dtype)), original.to(dtype)(x.to(dtype))
+            torch.testing.assert_close(ours, theirs, msg=lambda text, at=(model, name): f"{at}: {text}")
+    assert len(swapped) >= 10, swapped
 
 
 def test_the_configuration_counts_not_the_class_alone():
