@@ -155,5 +155,5 @@ def speedup_at_copy_speed_and_call(chosen):
 
 def other_load(section):
     """Largest share of the processors that other processes took during any measurement of a section."""
-    loads = [load for case in section["cases"] for load in case.get("other_load", []) if load is not None]
+    loads = [load for case in section.get("cases", []) for load in case.get("other_load", []) if load is not None]
     return max(loads, default=math.nan)

@@ -276,13 +276,12 @@ def write(path):
 
 
 def summaries(machines):
-    """What README shows: machines with most back ends first, errors of the first alone, as processors hardly differ in them."""
-
-    def backends(results):
-        return len({case["backend"] for case in results["sections"].get("accuracy", {"cases": []})["cases"]})
-
-    for place, results in enumerate(sorted(machines, key=backends, reverse=True)):
-        shown = {name: part for name, part in results["sections"].items() if name != "accuracy" or place == 0}
+    """What README shows: machines with the widest instruction set first, and of the errors, in which processors hardly differ, the
+    newest."""
+    newest = max((results["sections"].get("accuracy", {}).get("date", "") for results in machines), default="")
+    for results in sorted(machines, key=lambda results: len(results["machine"].get("isa", "")), reverse=True):
+        sections = results["sections"]
+        shown = {name: part for name, part in sections.items() if name != "accuracy" or part["date"] == newest}
         yield render({**results, "sections": shown}, details=False)
 
 
