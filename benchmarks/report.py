@@ -18,6 +18,7 @@ from figures import geomean, select, select_channel
 
 BEGIN, END = "<!-- benchmarks: begin (written by benchmarks/report.py) -->", "<!-- benchmarks: end -->"
 DTYPES = ("float32", "bfloat16")
+ISAS = ("avx512_bf16", "avx512", "avx2", "neon", "scalar", None)  # None: a GPU's results
 AT_COPY_SPEED = (
     "A kernel at copy speed would only move the op's bytes, at the rate of `y.copy_(x)` into mapped memory: no call, no sums."
 )
@@ -279,7 +280,7 @@ def summaries(machines):
     """What README shows: machines with the widest instruction set first, and of the errors, in which processors hardly differ, the
     newest."""
     newest = max((results["sections"].get("accuracy", {}).get("date", "") for results in machines), default="")
-    for results in sorted(machines, key=lambda results: len(results["machine"].get("isa", "")), reverse=True):
+    for results in sorted(machines, key=lambda results: ISAS.index(results["machine"].get("isa"))):
         sections = results["sections"]
         shown = {name: part for name, part in sections.items() if name != "accuracy" or part["date"] == newest}
         yield render({**results, "sections": shown}, details=False)
