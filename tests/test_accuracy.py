@@ -3,6 +3,7 @@
 import cases
 import oracle
 import pytest
+import torch
 
 
 def record(record_property, case, quantity, figure, yardstick=None):
@@ -66,3 +67,23 @@ def test_never_farther_from_the_truth_than_torch(op, backend):
         # 16-bit outputs differ from torch's in a handful of roundings at most, either way. Without fma two more roundings count.
         slack = 1.001 if dtype in cases.SIXTEEN_BIT else 1.0
         assert ours <= theirs * (slack if oracle.FUSED_MULTIPLY_ADD else 1.1), (dtype, ours / theirs)
+
+
+@pytest.mark.parametrize("mean", [0.0, 10.0, 1e3, 1e5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=cases.short)
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+def test_saved_statistics(op, dtype, mean, backend):
+    """What the backward gets. The mean, a sum of two numbers, is within 2 eps of the standard deviation; 1/std within 3 eps, which
+    leaves the variance the contract's 4, and a root and a quotient their rounding."""
+    for cols in (5, 64, 257, 4096, 20001):
+        case = cases.Case(op, rows=3, cols=cols, dtype=dtype, mean=mean)
+        t = cases.make(case, backend, rows=3)
+        row = oracle.normalise(case, t)
+        more = (t.bias, 1, 1e-5) if case.centred else (1, 1e-5, 0.0, 0)
+        *found, rstd = oracle.wide(getattr(torch.ops.normext, f"{op}_forward")(t.x, t.weight, *more)[-1])
+        eps = oracle.unit(dtype)
+        assert abs(rstd * (1 / row.rstd[:, 0]) - 1).max() <= 3 * eps, cols
+        if case.centred:
+            hi, lo = found
+            off = (row.x - hi[:, None]).mean(-1) - lo
+            assert (abs(off) * row.rstd[:, 0]).max() <= 2 * eps, cols
