@@ -1,6 +1,6 @@
 """The bugs that mutants.py plants: those of RELIABILITY.md §5.5 that a norm can have on the CPU or the emulator, and some
-that the rules of DESIGN.md invite. Not here, because they need a GPU: a removed device guard, the default stream. Nor numbers 15, 16,
-18 and 19 of that list.
+that the rules of DESIGN.md invite. Not here, because they need a GPU: a removed device guard, the default stream. Nor
+numbers 15, 16, 18 and 19 of that list.
 """
 
 from dataclasses import dataclass
