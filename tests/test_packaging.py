@@ -301,6 +301,7 @@ def test_instruction_sets(monkeypatch):
 
 def test_architectures(monkeypatch):
     archs = setup_functions()["cuda_archs"]
+    monkeypatch.delenv("NORMEXT_CUDA_ARCHS", raising=False)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0 12.0+PTX")
     assert archs() == ["80", "90", "120"]
     monkeypatch.setenv("NORMEXT_CUDA_ARCHS", "90a, 80")
