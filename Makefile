@@ -109,7 +109,7 @@ format: environment
 # All templates are instantiated; no machine code is made.
 neon:  ## the CPU kernels for aarch64, by a cross compiler (Debian and Ubuntu: g++-aarch64-linux-gnu)
 	for source in isa_neon isa_scalar isa channel_norm; do \
-	  aarch64-linux-gnu-g++ -std=c++17 -fsyntax-only -Wall -Wextra -Icsrc csrc/cpu/$$source.cpp || exit 1; \
+	  aarch64-linux-gnu-g++ -std=c++17 -fsyntax-only -Wall -Wextra -Werror -Icsrc csrc/cpu/$$source.cpp || exit 1; \
 	done
 
 # What compiles against this torch's headers may not against those of torch 2.10, the oldest supported. Its aarch64 wheel is a

@@ -228,7 +228,7 @@ class BuildNative(build_ext):
         if not self.inplace:  # what an earlier build with other options left behind must not get into a wheel
             for old in prefix.glob("normext/_C*.so"):
                 old.unlink()
-        # Names of local functions, 1.4 MB, are for who works on the kernels: perf and the sanitizers read them.
+        # Names of local functions, 1.4 MB with CUDA, are for who works on the kernels: perf and the sanitizers read them.
         keep_names = self.inplace or "NORMEXT_SANITIZE" in os.environ.get("NORMEXT_CMAKE_ARGS", "")
         strip = [] if keep_names else ["--strip"]
         run([cmake, "--install", str(folder), "--prefix", str(prefix), "--component", "python", *strip])

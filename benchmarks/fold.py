@@ -66,7 +66,8 @@ def measure(bench, name, make, shape):
         measured = bench.measure(contenders, "folded")
     answers = {what: (y.argmax(1) == exact.argmax(1)).sum().item() for what, y in (("unfolded", before), ("folded", after))}
     us = {what: seconds * 1e6 for what, seconds in measured.seconds.items()}
-    return {"model": name, "folded": len(report.folded), "error": error, "answers_of_float64": answers, "us": us}
+    row = {"model": name, "folded": len(report.folded), "error": error, "answers_of_float64": answers, "us": us}
+    return row | {"speedup": measured.speedup, "other_load": measured.other_load}
 
 
 def main():

@@ -167,16 +167,14 @@ def blocks(section):
 
 def accuracy(section, details=True):
     """Largest figure per op and class of inputs, of every back end and of torch. Without details over all outputs, parameters of
-    either dtype together, and no fused calls."""
+    either dtype, and fused calls or not."""
     names = list(dict.fromkeys(case["backend"] for case in section["cases"]))
     rows = {}
     for case in section["cases"]:
         if details:
             key = (case["op"], case["inputs"], case["quantity"])
-        elif case["op"].endswith(", fused"):
-            continue
         else:
-            key = (case["op"], case["inputs"].removesuffix(", float32 parameters"))
+            key = (case["op"].removesuffix(", fused"), case["inputs"].removesuffix(", float32 parameters"))
         row = rows.setdefault(key, {})
         row[case["backend"]] = max(row.get(case["backend"], 0.0), case["figure"])
     header = ["op", "inputs", *(["quantity"] if details else []), *names]
@@ -191,12 +189,12 @@ def fold(section):
     """Errors of the first run, all of which have the same inputs; median times."""
     rows = []
     for case in section["cases"]:
-        us = {name: median(values) for name, values in case["us"].items()}
+        us, speedup = ({name: median(values) for name, values in case[what].items()} for what in ("us", "speedup"))
         error, answers = ({name: values[0] for name, values in case[what].items()} for what in ("error", "answers_of_float64"))
         rows.append(
             [f"{case['model']}, {case['folded'][0]} folded"]
             + [f"{error[name]:.1e}, {answers[name]}" for name in ("unfolded", "folded")]
-            + [f"{microseconds(us[name])} ({us[name] / us['folded']:.2f}x)" for name in ("torch", "normext", "folded")]
+            + [f"{microseconds(us[name])} ({speedup.get(name, 1.0):.2f}x)" for name in ("torch", "normext", "folded")]
         )
     measured = ("relative error, answers of float64's: unfolded", "folded")
     return table(["CNN", *measured, "us, torch's BatchNorm", "normext's", "folded"], rows)

@@ -96,8 +96,10 @@ def fold_section(options):
 def sync_section(options):
     """What sync_batch_norm.py prints; it judges its figures itself."""
     command = [sys.executable, str(HERE / "sync_batch_norm.py"), *(["--quick"] if options.quick else [])]
-    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return {"runs": 1, "printed": printed.splitlines()}, None
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if process.returncode:
+        sys.exit(f"{process.stdout}\n{' '.join(command)} failed")
+    return {"runs": 1, "printed": process.stdout.splitlines()}, None
 
 
 def section(name, options):

@@ -46,6 +46,7 @@ def check(name, function, x, r, w):
         inputs = [t for t in (x, r, w) if t is not r or name.startswith("add")]
         return [*outputs, *torch.autograd.grad(sum(o.sum() for o in outputs), inputs)]
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)
@@ -71,6 +72,7 @@ for cols in (64, 1000, 4096, 65536):
         return normext.layer_norm(x, w.shape, w, w), normext.rms_norm(x, w.shape, w)
     with torch.no_grad():
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step()
         torch.cuda.current_stream().wait_stream(stream)

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import channel_cases as cases
 import numpy
@@ -201,12 +202,17 @@ def test_second_image_beyond_32_bits(op, device, backend):
 
 
 def free_memory():
-    """Bytes, or 0 where the system does not say."""
+    """Bytes that the system and the control group leave, or 0 where the system does not say."""
     try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return 0
+    group = Path("/sys/fs/cgroup")
+    try:
+        return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        return free
 
 
 @pytest.mark.once

@@ -111,12 +111,12 @@ def test_refused_classes(model, name, args, reason):
 
 
 def distinct_norms():
-    """(model, class): one for every forward that a norm of the installed transformers has, found without importing them."""
+    """(model, class): one for every text that a norm of the installed transformers has, found without importing them."""
     folder = Path(importlib.util.find_spec("transformers").origin).parent / "models"
     found = {}
     for file in sorted(folder.glob("*/modeling_*.py")):
         for name, body in re.findall(r"^class (\w*Norm\w*)\(.*?\n(.*?)(?=^\S|\Z)", file.read_text(), re.MULTILINE | re.DOTALL):
-            found.setdefault(body.partition("def forward")[2] or name, (file.parent.name, name))
+            found.setdefault(re.sub(r'""".*?"""|= ?1e-\d+', "", body.replace(name, ""), flags=re.DOTALL), (file.parent.name, name))
     return found.values()
 
 
@@ -128,8 +128,11 @@ def test_every_norm_of_transformers_keeps_its_results_or_is_refused():
     for model, name in distinct_norms():
         try:
             original = hugging_face(model, name, (96,))
+            (width, *_) = inspect.signature(type(original)).parameters
         except (Exception, pytest.skip.Exception):
             continue
+        if "eps" in width:
+            original = hugging_face(model, name, ())
         norm = copy.deepcopy(original)
         if [found.name for found in normext.convert(norm).swapped] != [""]:  # refused, or a block that has norms inside
             assert type(norm) is type(original), (model, name)
@@ -137,7 +140,9 @@ def test_every_norm_of_transformers_keeps_its_results_or_is_refused():
         swapped.append(name)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             ours, theirs = norm.to(dtype)(x.to(dtype)), original.to(dtype)(x.to(dtype))
-            torch.testing.assert_close(ours, theirs, msg=lambda text, at=(model, name): f"{at}: {text}")
+            # Before the weight a value may be rounded to either neighbour: an ulp.
+            close = {"rtol": 2**-9, "atol": 1e-5} if dtype == torch.float16 else {}
+            torch.testing.assert_close(ours, theirs, **close, msg=lambda text, at=(model, name): f"{at}: {text}")
     assert len(swapped) >= 10, swapped
 
 

@@ -38,10 +38,14 @@ template <class T>
 NORMEXT_INLINE bool fetches_far_rows(std::int64_t channels) {
   return sizeof(T) == 2 || 5 * channels * static_cast<std::int64_t>(sizeof(Accumulate<T>)) <= kScalarBytes;
 }
+// Whether a row is taken at a time instead of two: where next to nothing is in the caches, in float32 and wider, on AMD with AVX2
+// alone. With AVX-512 it was slower (see kFarRows), on Intel not measured.
+template <class T>
+constexpr bool kKnowsSingleRows = sizeof(T) > 2 && NORMEXT_VECTOR_BYTES == 32;
 template <class T>
 NORMEXT_INLINE bool takes_single_rows(const ChannelShape& shape) {
-  return sizeof(T) > 2 && shape.elements() * static_cast<std::int64_t>(sizeof(T)) > cpu::kMemoryBytes &&
-         fetches_far_rows<T>(shape.channels);
+  return kKnowsSingleRows<T> && cpu::is_amd() && fetches_far_rows<T>(shape.channels) &&
+         shape.elements() * static_cast<std::int64_t>(sizeof(T)) > cpu::kMemoryBytes;
 }
 
 // Fetches the lines that follow kRows rows of `channels` values at p, as many as the units at channel c of these rows have.
@@ -304,7 +308,7 @@ struct LastForward {
     const bool far = comes_from_memory<T>(shape) && fetches_far_rows<T>(channels), single = takes_single_rows<T>(shape);
     const auto take = [&](std::int64_t first, std::int64_t last) {
       const std::int64_t from = first * task, to = smaller(last * task, rows);
-      if constexpr (sizeof(T) > 2) {
+      if constexpr (kKnowsSingleRows<T>) {
         if (single) return apply<1, true>(from, to, all);
       }
       if (far) apply<kFarRows<T>, true>(from, to, all);

@@ -16,7 +16,7 @@ namespace {
 
 // Rows that share the scalars of a channel. From memory two are faster than four, which are too many sequences of lines, and than
 // one, which loads too many scalars [Zen 4, forward+backward: 9 % less time than with four in float32, 4 % in bfloat16].
-constexpr int kGradientRows = 2;  // or one: takes_single_rows()
+constexpr int kGradientRows = 2;  // or one, where AVX2 is all there is: takes_single_rows()
 // Rows up to this are fetched to L1 for the pass that sums, longer ones to L2: they would push each other out, L1 of Zen 4 having 8
 // ways [8x512x28x28: 2022 -> 1871 us; 8x64x56x56, whose rows these are, would take 5 % more]. Nothing between was measured.
 constexpr std::int64_t kShortRowBytes = 256;

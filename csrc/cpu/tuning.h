@@ -12,10 +12,11 @@ namespace normext::cpu {
 constexpr std::int64_t kSerialBytes = 160 * 1024;
 // An input of more comes from memory, or from a cache that is as far.
 constexpr std::int64_t kFarBytes = 3 << 20;
-// Beyond this the caches hold little of an input and what is made of it: rows of channels-last in float32 and wider are taken one
-// at a time, as memory gives them, instead of two [Zen 3, times torch eager: BatchNorm in evaluation 8x256x56x56 0.84 -> 0.99,
-// 8x144x56x56 0.92 -> 1.05, 8x512x28x28, which are 12.2 MB, 1.2 either way; its backward 0.89 -> 1.17, 0.74 -> 0.99, 0.97 -> 1.16;
-// of 6 MB, forward, 1.42 -> 1.29; in bfloat16 of any size up to a quarter slower].
+// Beyond this the caches hold little of an input and what is made of it: rows of channels-last in float32 and wider, if they are
+// not long, are taken one at a time on Zen 3, as memory gives them, instead of two [times torch eager, both in one process, ops
+// alone: BatchNorm in evaluation 8x256x56x56 0.84 and 0.99, 8x144x56x56 0.92 and 1.05, 8x512x28x28, which are 12.2 MB, 1.32
+// and 1.18; its backward 0.89 and 1.17, 0.74 and 0.99, 0.97 and 1.16; of 6 MB, forward, 1.42 and 1.29; in bfloat16 of any size up
+// to a quarter slower].
 constexpr std::int64_t kMemoryBytes = 12 << 20;
 // Zen 4 is slow far from L2 when several rows are read or written in turns [us, of batches, far batches and the pipeline: LayerNorm
 // 2048x1024 float32 417, 450, 316; RMSNorm 285, 304, 205; LayerNorm 16384x1024 bfloat16 2963, 2954, 2711]. In 16 bits arithmetic
