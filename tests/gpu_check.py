@@ -40,11 +40,7 @@ channel_functions = {
 }
 def flat(result):
     return result if isinstance(result, tuple) else (result,)
-def check(name, function, x, r, w):
-    def step():
-        outputs = flat(function(x, r, w))
-        inputs = [t for t in (x, r, w) if t is not r or name.startswith("add")]
-        return [*outputs, *torch.autograd.grad(sum(o.sum() for o in outputs), inputs)]
+def capture(step):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -53,6 +49,13 @@ def check(name, function, x, r, w):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
+    return graph, captured
+def check(name, function, x, r, w):
+    def step():
+        outputs = flat(function(x, r, w))
+        inputs = [t for t in (x, r, w) if t is not r or name.startswith("add")]
+        return [*outputs, *torch.autograd.grad(sum(o.sum() for o in outputs), inputs)]
+    graph, captured = capture(step)
     with torch.no_grad():
         x.normal_(), r.normal_()
     graph.replay()
@@ -71,14 +74,7 @@ for cols in (64, 1000, 4096, 65536):
         normext.fused_add_rms_norm_(normed, total, w, 1e-6)
         return normext.layer_norm(x, w.shape, w, w), normext.rms_norm(x, w.shape, w)
     with torch.no_grad():
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
+        graph, captured = capture(step)
         x.normal_(), normed.copy_(x), total.copy_(r)
         graph.replay()
         found = [t.clone() for t in (normed, total, *captured)]
