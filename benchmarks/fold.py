@@ -65,9 +65,15 @@ def measure(bench, name, make, shape):
         contenders = {what: lambda m=m: m(batch) for what, m in (("torch", model), ("normext", ours), ("folded", folded))}
         measured = bench.measure(contenders, "folded")
     answers = {what: (y.argmax(1) == exact.argmax(1)).sum().item() for what, y in (("unfolded", before), ("folded", after))}
-    us = {what: seconds * 1e6 for what, seconds in measured.seconds.items()}
-    row = {"model": name, "folded": len(report.folded), "error": error, "answers_of_float64": answers, "us": us}
-    return row | {"speedup": measured.speedup, "other_load": measured.other_load}
+    return {
+        "model": name,
+        "folded": len(report.folded),
+        "error": error,
+        "answers_of_float64": answers,
+        "us": {what: seconds * 1e6 for what, seconds in measured.seconds.items()},
+        "speedup": measured.speedup,
+        "other_load": measured.other_load,
+    }
 
 
 def main():

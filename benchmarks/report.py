@@ -171,9 +171,8 @@ def accuracy(section, details=True):
     names = list(dict.fromkeys(case["backend"] for case in section["cases"]))
     rows = {}
     for case in section["cases"]:
-        if details:
-            key = (case["op"], case["inputs"], case["quantity"])
-        else:
+        key = (case["op"], case["inputs"], case["quantity"])
+        if not details:
             key = (case["op"].removesuffix(", fused"), case["inputs"].removesuffix(", float32 parameters"))
         row = rows.setdefault(key, {})
         row[case["backend"]] = max(row.get(case["backend"], 0.0), case["figure"])
