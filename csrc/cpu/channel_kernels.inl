@@ -25,8 +25,10 @@ NORMEXT_INLINE void channel_call(const Args& args, const cpu::ChannelPlan& plan,
       if (args.shape.layout == ChannelLayout::kPlanes) Planes<T, kFused>{args, plan}.run();
       else Last<T, kFused>{args, plan}.run();
     };
-    if (!kKnowsPlain || fused) call(std::true_type());
-    else call(std::bool_constant<!kKnowsPlain>());
+    if constexpr (kKnowsPlain) {
+      if (!fused) return call(std::false_type());
+    }
+    call(std::true_type());
   });
 }
 

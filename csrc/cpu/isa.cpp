@@ -264,7 +264,8 @@ void row_backward(RowNorm norm, const RowBackwardArgs& args, void* workspace, co
   plan.sums = reinterpret_cast<void*>(aligned);
   plan.row_sums = static_cast<char*>(plan.sums) + sums_bytes(norm, args, plan);
   plan.parallel = threads_for(parallel, args.rows * args.cols * 3 * static_cast<std::int64_t>(accumulate_size_of(args.dtype)));
-  plan.fetch = is_amd() && args.rows * args.cols * static_cast<std::int64_t>(size_of(args.dtype)) > kFetchGradientBytes;
+  const std::int64_t bytes = args.rows * args.cols * static_cast<std::int64_t>(size_of(args.dtype));
+  plan.fetch = is_amd() && args.grad_input != nullptr && plan.runs != 0 && bytes > kFetchGradientBytes;
   // Whole runs, unless sharing the inside of every run keeps more threads busy, a quarter of that lost to its barriers.
   const std::int64_t threads = plan.parallel.threads;
   const auto busy = [threads](std::int64_t tasks) {

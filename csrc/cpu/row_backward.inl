@@ -38,6 +38,12 @@ struct RowGradient {
   using Row = typename Policy::template Row<A>;
   static constexpr int kSums = Policy::kCentred ? 2 : 1;  // row sums; also kinds of parameter gradients
 
+  // Of the rows of a block, in whole vectors of rows.
+  static constexpr std::int64_t kRoom = kLanes<A> > cpu::kBlockRows ? kLanes<A> : cpu::kBlockRows;
+  struct RowLanes {
+    V of[kSums][kRoom];
+  };
+
   const RowBackwardArgs& args;
   const cpu::BackwardPlan& plan;
 
@@ -52,47 +58,56 @@ struct RowGradient {
     if constexpr (Policy::kCentred) return {stats[row], stats[args.rows + row], stats[2 * args.rows + row]};
     else return {stats[row]};
   }
-  template <class Extent>
-  NORMEXT_INLINE Pair<A> weight(std::int64_t column, Extent extent) const {
-    if (args.weight == nullptr) return {V{} + A(1), V{} + A(1)};
-    Pair<A> w = load<T>(static_cast<const P*>(args.weight) + column, extent);
-    if constexpr (!Policy::kCentred) {
-      const A offset = static_cast<A>(args.weight_offset);
-      w = {w.a + offset, w.b + offset};
+  // Of what loops read there are copies: a store might change args, for all that a compiler knows.
+  struct Weight {
+    const P* values;
+    A offset;
+
+    template <class Extent>
+    NORMEXT_INLINE Pair<A> at(std::int64_t column, Extent extent) const {
+      if (values == nullptr) return {V{} + A(1), V{} + A(1)};
+      const Pair<A> w = load<T>(values + column, extent);
+      if constexpr (Policy::kCentred) return w;
+      else return {w.a + offset, w.b + offset};
     }
-    return w;
-  }
+  };
+  NORMEXT_INLINE Weight weight() const { return {static_cast<const P*>(args.weight), static_cast<A>(args.weight_offset)}; }
   template <class Extent>
   NORMEXT_INLINE Pair<A> normalised(const T* x, Row row, Extent extent) const {
     const Pair<A> v = load<T>(x, extent);
     return keep<T>({Policy::normalise(v.a, row), Policy::normalise(v.b, row)}, extent);
   }
 
-  // Row sums over one segment, whose lanes are still to be added; the last is that of g*xhat.
-  __attribute__((noinline)) void segment_lanes(std::int64_t row, std::int64_t segment, V (&lanes)[kSums]) const {
-    const std::int64_t begin = segment * kSegment;
-    const T* x = input(row) + begin;
-    const G* dy = grad_output(row) + begin;
-    const Row stats = statistics(row);
-    const L2Ahead<T> output = {plan.fetch ? static_cast<const T*>(args.grad_input) + row * args.cols + begin : nullptr};
-    sum_columns<A>(
-        segment_cols(segment, args.cols),
-        [&](std::int64_t column, auto extent, Sums<A, kSums>& sum) __attribute__((always_inline)) {
-          output.fetch(column);
-          const Pair<A> xhat = normalised(x + column, stats, extent);
-          const Pair<A> w = weight(begin + column, extent);
-          Pair<A> g = load<T>(dy + column, extent);
-          g = {g.a * w.a, g.b * w.b};
-          if constexpr (Policy::kCentred) sum.of[0] = {sum.of[0].a + g.a, sum.of[0].b + g.b};
-          Pair<A>& gx = sum.of[kSums - 1];
-          gx = {fma(g.a, xhat.a, gx.a), fma(g.b, xhat.b, gx.b)};
-        },
-        lanes);
+  // Row sums over one segment of `count` rows, whose lanes are still to be added; the last is that of g*xhat.
+  __attribute__((noinline)) void segment_lanes(std::int64_t row, int count, std::int64_t segment, RowLanes& out) const {
+    const std::int64_t begin = segment * kSegment, cols = segment_cols(segment, args.cols);
+    const Weight weights = weight();
+    for (int r = 0; r < count; ++r) {
+      const T* x = input(row + r) + begin;
+      const G* dy = grad_output(row + r) + begin;
+      const Row stats = statistics(row + r);
+      const L2Ahead<T> output = {plan.fetch ? static_cast<const T*>(args.grad_input) + (row + r) * args.cols + begin : nullptr};
+      V lanes[kSums];
+      sum_columns<A>(
+          cols,
+          [&](std::int64_t column, auto extent, Sums<A, kSums>& sum) __attribute__((always_inline)) {
+            output.fetch(column);
+            const Pair<A> xhat = normalised(x + column, stats, extent);
+            const Pair<A> w = weights.at(begin + column, extent);
+            Pair<A> g = load<T>(dy + column, extent);
+            g = {g.a * w.a, g.b * w.b};
+            if constexpr (Policy::kCentred) sum.of[0] = {sum.of[0].a + g.a, sum.of[0].b + g.b};
+            Pair<A>& gx = sum.of[kSums - 1];
+            gx = {fma(g.a, xhat.a, gx.a), fma(g.b, xhat.b, gx.b)};
+          },
+          lanes);
+      for (int q = 0; q < kSums; ++q) out.of[q][r] = lanes[q];
+    }
   }
   NORMEXT_INLINE void segment_sums(std::int64_t row, std::int64_t segment, A (&sums)[kSums]) const {
-    V lanes[kSums];
-    segment_lanes(row, segment, lanes);
-    for (int q = 0; q < kSums; ++q) sums[q] = sum_lanes<A>(lanes[q]);
+    RowLanes lanes;
+    segment_lanes(row, 1, segment, lanes);
+    for (int q = 0; q < kSums; ++q) sums[q] = sum_lanes<A>(lanes.of[q][0]);
   }
 
   // Means of the rows of a block.
@@ -100,15 +115,10 @@ struct RowGradient {
     const std::int64_t segments = segments_of(args.cols);
     const A n = static_cast<A>(args.cols);
     if (segments == 1) {  // lanes of all rows together
-      constexpr std::int64_t kRoom = kLanes<A> > cpu::kBlockRows ? kLanes<A> : cpu::kBlockRows;
-      V of_row[kSums][kRoom];
+      RowLanes lanes;
       alignas(V) A sums[kSums][kRoom];
-      for (std::int64_t r = 0; r < count; ++r) {
-        V lanes[kSums];
-        segment_lanes(row + r, 0, lanes);
-        for (int q = 0; q < kSums; ++q) of_row[q][r] = lanes[q];
-      }
-      for (int q = 0; q < kSums; ++q) sum_lanes_of_rows(of_row[q], static_cast<int>(count), sums[q]);
+      segment_lanes(row, static_cast<int>(count), 0, lanes);
+      for (int q = 0; q < kSums; ++q) sum_lanes_of_rows(lanes.of[q], static_cast<int>(count), sums[q]);
       for (std::int64_t r = 0; r < count; ++r) out[r] = {Policy::kCentred ? sums[0][r] / n : 0, sums[kSums - 1][r] / n};
       return;
     }
@@ -123,68 +133,93 @@ struct RowGradient {
     }
   }
 
-  // Columns [begin, end) of kRows rows: grad_input if `means` are given, and the rows' share of the parameter gradients if `sums`,
-  // the accumulators that take it, are.
-  template <int kRows>
-  __attribute__((noinline)) void block(std::int64_t row, const GradientMeans<A>* means, A* sums, bool add, std::int64_t begin,
-                                       std::int64_t end) const {
+  // Columns [begin, end) of kRows rows: with kValues grad_input, by the rows' means; with kParameters the rows' share of the
+  // parameter gradients, which the accumulators `sums` take.
+  template <int kRows, bool kValues, bool kParameters>
+  NORMEXT_INLINE void pass(std::int64_t row, const GradientMeans<A>* means, A* sums, bool add, std::int64_t begin,
+                           std::int64_t end) const {
     const T* x[kRows];
     const G* dy[kRows];
     const T* extra[kRows];
     T* dx[kRows];
     Row stats[kRows];
-    L2Ahead<T> next_x[kRows];
-    L2Ahead<G> next_dy[kRows];
+    const T* next_x[kRows] = {};
+    const G* next_dy[kRows] = {};
+    GradientMeans<A> mean[kRows];
+    // Parameter gradients alone, or grad_input alone, are no faster for it, or a tenth slower.
+    const bool fetch = kValues && kParameters && plan.fetch;
     for (int r = 0; r < kRows; ++r) {
       x[r] = input(row + r);
       dy[r] = grad_output(row + r);
       stats[r] = statistics(row + r);
-      const std::int64_t following = smaller(row + kRows + r, args.rows - 1);
-      next_x[r] = {input(following)};
-      next_dy[r] = {grad_output(following)};
-      extra[r] = args.grad_residual_out == nullptr
-                     ? nullptr
-                     : static_cast<const T*>(args.grad_residual_out) + args.grad_residual_out_layout.offset(row + r);
-      dx[r] = means == nullptr ? nullptr : static_cast<T*>(args.grad_input) + (row + r) * args.cols;
+      if (fetch) {
+        const std::int64_t following = smaller(row + kRows + r, args.rows - 1);
+        next_x[r] = input(following);
+        next_dy[r] = grad_output(following);
+      }
+      if constexpr (kValues) {
+        mean[r] = means[r];
+        extra[r] = args.grad_residual_out == nullptr
+                       ? nullptr
+                       : static_cast<const T*>(args.grad_residual_out) + args.grad_residual_out_layout.offset(row + r);
+        dx[r] = static_cast<T*>(args.grad_input) + (row + r) * args.cols;
+      }
     }
     const bool round_xhat = args.rounding == Rounding::kLlama;
+    const Weight weights = weight();
+    A* const bias_sums = kParameters ? sums + plan.padded_cols : nullptr;
     const auto unit = [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
-      const Pair<A> w = weight(column, extent);
+      const Pair<A> w = kValues ? weights.at(column, extent) : Pair<A>{};
       Pair<A> dw = {}, db = {};
-      if (plan.fetch) {
+      if (fetch) {
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-          next_dy[r].fetch(column);
-          next_x[r].fetch(column);
+          fetch_unit<2>(next_dy[r] + column);
+          fetch_unit<2>(next_x[r] + column);
         }
       }
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         Pair<A> g = load<T>(dy[r] + column, extent);
         const Pair<A> xhat = normalised(x[r] + column, stats[r], extent);
-        Pair<A> factor = xhat;  // of the weight, as the forward saw it
-        if constexpr (sizeof(T) == 2 && !Policy::kCentred) {
-          if (round_xhat) factor = Packed<T>::pack(xhat).unpack();
+        if constexpr (kParameters) {
+          Pair<A> factor = xhat;  // of the weight, as the forward saw it
+          if constexpr (sizeof(T) == 2 && !Policy::kCentred) {
+            if (round_xhat) factor = Packed<T>::pack(xhat).unpack();
+          }
+          dw = {fma(g.a, factor.a, dw.a), fma(g.b, factor.b, dw.b)};
+          if constexpr (Policy::kCentred) db = {db.a + g.a, db.b + g.b};
         }
-        dw = {fma(g.a, factor.a, dw.a), fma(g.b, factor.b, dw.b)};
-        if constexpr (Policy::kCentred) db = {db.a + g.a, db.b + g.b};
-        if (means == nullptr) continue;
-        g = {g.a * w.a, g.b * w.b};
-        Pair<A> d = {Policy::gradient(g.a, xhat.a, stats[r], means[r].g, means[r].gx),
-                     Policy::gradient(g.b, xhat.b, stats[r], means[r].g, means[r].gx)};
-        if (args.grad_residual_out != nullptr) {
-          const Pair<A> e = load<T>(extra[r] + column, extent);
-          d = {d.a + e.a, d.b + e.b};
+        if constexpr (kValues) {
+          g = {g.a * w.a, g.b * w.b};
+          Pair<A> d = {Policy::gradient(g.a, xhat.a, stats[r], mean[r].g, mean[r].gx),
+                       Policy::gradient(g.b, xhat.b, stats[r], mean[r].g, mean[r].gx)};
+          if (extra[r] != nullptr) {
+            const Pair<A> e = load<T>(extra[r] + column, extent);
+            d = {d.a + e.a, d.b + e.b};
+          }
+          store<T>(dx[r] + column, d, extent);
         }
-        store<T>(dx[r] + column, d, extent);
       }
-      if (sums == nullptr) return;
-      accumulate(sums + column, dw, add);
-      if constexpr (Policy::kCentred) accumulate(sums + plan.padded_cols + column, db, add);
+      if constexpr (kParameters) {
+        accumulate(sums + column, dw, add);
+        if constexpr (Policy::kCentred) accumulate(bias_sums + column, db, add);
+      }
     };
     std::int64_t column = begin;
     for (; end - column >= kUnit<A>; column += kUnit<A>) unit(column, Whole{});
     if (column < end) unit(column, Partial{static_cast<int>(end - column)});
+  }
+  // The parameter gradients' share of a block, and its grad_input with kValues.
+  template <int kRows, bool kValues>
+  __attribute__((noinline)) void block(std::int64_t row, const GradientMeans<A>* means, A* sums, bool add, std::int64_t begin,
+                                       std::int64_t end) const {
+    pass<kRows, kValues, true>(row, means, sums, add, begin, end);
+  }
+  // grad_input alone: row by row, whose scalars stay in registers.
+  __attribute__((noinline)) void values(std::int64_t row, int count, const GradientMeans<A>* means, std::int64_t begin,
+                                        std::int64_t end) const {
+    for (int r = 0; r < count; ++r) pass<1, true, false>(row + r, means + r, nullptr, false, begin, end);
   }
 
   NORMEXT_INLINE static void accumulate(A* sums, Pair<A> x, bool add) {
@@ -216,10 +251,20 @@ struct RowGradient {
     GradientMeans<A> block_means[cpu::kBlockRows];
     for (std::int64_t row = begin; row < end;) {
       const std::int64_t count = end - row >= plan.block ? plan.block : 1;
-      const GradientMeans<A>* wanted = means(row, count, block_means) ? block_means : nullptr;
+      const bool wanted = means(row, count, block_means);
       const bool add = blocks % kTermsPerSum != 0;
-      if (count == cpu::kBlockRows) block<cpu::kBlockRows>(row, wanted, sums, add, c0, c1);
-      else block<1>(row, wanted, sums, add, c0, c1);
+      const auto whole_block = [&](auto has_values) {
+        constexpr bool kValues = decltype(has_values)::value;
+        if (count == cpu::kBlockRows) block<cpu::kBlockRows, kValues>(row, block_means, sums, add, c0, c1);
+        else block<1, kValues>(row, block_means, sums, add, c0, c1);
+      };
+      if (sums == nullptr) {
+        if (wanted) values(row, static_cast<int>(count), block_means, c0, c1);
+      } else if (wanted) {
+        whole_block(std::true_type());
+      } else {
+        whole_block(std::false_type());
+      }
       row += count;
       ++blocks;
       if (sums == nullptr) continue;
