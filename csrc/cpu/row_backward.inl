@@ -1,11 +1,11 @@
 // LayerNorm and RMSNorm backward for one instruction set.
 //
-// A block of a few rows is read once from memory: the row sums (of g and of g*xhat), then, from cache, grad_input and the block's
-// share of the parameter gradients, which is summed in registers over the rows of the block and added to the accumulators of the
-// run. Sums over rows follow BackwardPlan. Threads take whole runs. Where there are too few runs, threads take rows for grad_input,
-// as in the forward (so that they find in their cache what they left there), then columns of all rows for the parameter gradients;
-// with fewer rows than threads, segments, then columns for both; in chunks of rows that fit L2. All of this gives the same bits:
-// every column of a run goes through the same additions.
+// A block of a few rows is read once from memory: the row sums (of g and of g*xhat), then, from cache, grad_input (row by row, if
+// it is wanted alone) and the block's share of the parameter gradients, which is summed in registers over the rows of the block and
+// added to the accumulators of the run. Sums over rows follow BackwardPlan. Threads take whole runs. Where there are too few runs,
+// threads take rows for grad_input, as in the forward (so that they find in their cache what they left there), then columns of all
+// rows for the parameter gradients; with fewer rows than threads, segments, then columns for both; in chunks of rows that fit L2.
+// All of this gives the same bits: every column of a run goes through the same additions.
 
 #pragma once
 
@@ -38,7 +38,7 @@ struct RowGradient {
   using Row = typename Policy::template Row<A>;
   static constexpr int kSums = Policy::kCentred ? 2 : 1;  // row sums; also kinds of parameter gradients
 
-  // Of the rows of a block, in whole vectors of rows.
+  // Row sums of a block, their lanes still to be added, with room for whole vectors of rows as sum_lanes_of_rows() wants.
   static constexpr std::int64_t kRoom = kLanes<A> > cpu::kBlockRows ? kLanes<A> : cpu::kBlockRows;
   struct RowLanes {
     V of[kSums][kRoom];
@@ -58,7 +58,6 @@ struct RowGradient {
     if constexpr (Policy::kCentred) return {stats[row], stats[args.rows + row], stats[2 * args.rows + row]};
     else return {stats[row]};
   }
-  // Of what loops read there are copies: a store might change args, for all that a compiler knows.
   struct Weight {
     const P* values;
     A offset;
@@ -133,8 +132,8 @@ struct RowGradient {
     }
   }
 
-  // Columns [begin, end) of kRows rows: with kValues grad_input, by the rows' means; with kParameters the rows' share of the
-  // parameter gradients, which the accumulators `sums` take.
+  // A pass over columns [begin, end) of kRows rows: with kValues grad_input, by the rows' means; with kParameters the rows' share
+  // of the parameter gradients, which the accumulators `sums` take.
   template <int kRows, bool kValues, bool kParameters>
   NORMEXT_INLINE void pass(std::int64_t row, const GradientMeans<A>* means, A* sums, bool add, std::int64_t begin,
                            std::int64_t end) const {
@@ -146,7 +145,7 @@ struct RowGradient {
     const T* next_x[kRows] = {};
     const G* next_dy[kRows] = {};
     GradientMeans<A> mean[kRows];
-    // Parameter gradients alone, or grad_input alone, are no faster for it, or a tenth slower.
+    // A pass for one of the two is no faster for it, or a tenth slower [Zen 3].
     const bool fetch = kValues && kParameters && plan.fetch;
     for (int r = 0; r < kRows; ++r) {
       x[r] = input(row + r);
@@ -167,7 +166,7 @@ struct RowGradient {
     }
     const bool round_xhat = args.rounding == Rounding::kLlama;
     const Weight weights = weight();
-    A* const bias_sums = kParameters ? sums + plan.padded_cols : nullptr;
+    A* const bias_sums = kParameters && Policy::kCentred ? sums + plan.padded_cols : nullptr;
     const auto unit = [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
       const Pair<A> w = kValues ? weights.at(column, extent) : Pair<A>{};
       Pair<A> dw = {}, db = {};
@@ -216,9 +215,9 @@ struct RowGradient {
                                        std::int64_t end) const {
     pass<kRows, kValues, true>(row, means, sums, add, begin, end);
   }
-  // grad_input alone: row by row, whose scalars stay in registers.
-  __attribute__((noinline)) void values(std::int64_t row, int count, const GradientMeans<A>* means, std::int64_t begin,
-                                        std::int64_t end) const {
+  // grad_input alone: row by row, so that a row's scalars stay in registers.
+  __attribute__((noinline)) void grad_input_rows(std::int64_t row, int count, const GradientMeans<A>* means, std::int64_t begin,
+                                                 std::int64_t end) const {
     for (int r = 0; r < count; ++r) pass<1, true, false>(row + r, means + r, nullptr, false, begin, end);
   }
 
@@ -253,17 +252,17 @@ struct RowGradient {
       const std::int64_t count = end - row >= plan.block ? plan.block : 1;
       const bool wanted = means(row, count, block_means);
       const bool add = blocks % kTermsPerSum != 0;
-      const auto whole_block = [&](auto has_values) {
+      const auto with_parameters = [&](auto has_values) {
         constexpr bool kValues = decltype(has_values)::value;
         if (count == cpu::kBlockRows) block<cpu::kBlockRows, kValues>(row, block_means, sums, add, c0, c1);
         else block<1, kValues>(row, block_means, sums, add, c0, c1);
       };
       if (sums == nullptr) {
-        if (wanted) values(row, static_cast<int>(count), block_means, c0, c1);
+        if (wanted) grad_input_rows(row, static_cast<int>(count), block_means, c0, c1);
       } else if (wanted) {
-        whole_block(std::true_type());
+        with_parameters(std::true_type());
       } else {
-        whole_block(std::false_type());
+        with_parameters(std::false_type());
       }
       row += count;
       ++blocks;

@@ -41,7 +41,7 @@ constexpr std::int64_t kBlockRows = 4;  // of a block of rows that are not too w
 struct BackwardPlan {
   Parallel parallel;
   bool inside_runs = false;  // threads share the rows, then the columns, of `chunk` rows at a time; otherwise they take whole runs
-  bool fetch = false;        // what comes next into L2: grad_input during the row sums, then the rows of the next block
+  bool fetch = false;        // into L2: grad_input during the row sums, the next rows during a pass for both kinds of gradients
   std::int64_t runs = 0;     // 0: no parameter gradient is wanted
   std::int64_t block = 1;    // kBlockRows or 1
   std::int64_t levels = 1;

@@ -30,8 +30,9 @@ constexpr std::int64_t kFarCols = 128, kFarHalfCols = 512;
 // 2.59 -> 2.36, 3.05 -> 2.48, 8.21 -> 7.07. Fresh pages are in the caches once the system has cleared them: no gain there, on a
 // Xeon a loss; on that mapped pages were not measured together with what follows].
 constexpr std::int64_t kStreamBytes = 32 << 20;
-// Inputs from here on have their gradients fetched ahead on Zen [forward and backward, us: LayerNorm float32 1576x768 1001 -> 802,
-// bfloat16 745 -> 691; 4096x4096 13804 -> 11963, 7390 -> 6296]. In L2 it brings nothing and costs up to 1 %.
+// Inputs from here on have their gradients fetched ahead on Zen, if those of input and parameters are wanted [forward and backward,
+// us: LayerNorm float32 1576x768 1001 -> 802, bfloat16 745 -> 691; 4096x4096 13804 -> 11963, 7390 -> 6296]. In L2 it brings nothing
+// and costs up to 1 %.
 constexpr std::int64_t kFetchGradientBytes = 2 << 20;
 // Input (and gradient) up to here, and up to L2, are still there when they are read again: half of L2 on a Xeon, all of it on
 // Zen 4. [Zen 3, L2 of 512 KB, 1 MB and 512 KB: GroupNorm of channels-last, float32, 2x640x32x32 0.73 and 0.98 of torch's speed.]

