@@ -3,8 +3,6 @@
 
 #include "norms/channel_norm.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -124,11 +122,8 @@ std::size_t lay_out(void* base, std::size_t value_bytes, const std::int64_t (&co
 
 // What stays in L2 until it is read again.
 std::int64_t resident_bytes() {
-#ifdef _SC_LEVEL2_CACHE_SIZE
-  static const std::int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 or less: unknown
-  if (l2 > 0) return std::min(l2, kMostResidentBytes);
-#endif
-  return kMostResidentBytes;
+  const std::int64_t l2 = l2_bytes();
+  return l2 > 0 ? std::min(l2, kMostResidentBytes) : kMostResidentBytes;
 }
 
 // Whether units of work, `count` of at most `bytes` each, are handled one after the other: such a unit fits L2, and threads that

@@ -108,12 +108,16 @@ constexpr std::int64_t kBlockCols = 32768;
 
 std::int64_t segments_of(std::int64_t cols) { return (cols + kSegment - 1) / kSegment; }
 
+// That of Zen 3 and before.
+bool has_small_l2() { return l2_bytes() > 0 && l2_bytes() <= kSmallL2Bytes; }
+
 RowSchedule schedule_of(const RowForwardArgs& args) {
   const std::int64_t bytes = args.rows * args.cols * static_cast<std::int64_t>(size_of(args.dtype));
   if (is_amd()) {
     const std::int64_t read = args.residual == nullptr ? bytes : 2 * bytes;
     const bool half = size_of(args.dtype) == 2;
-    const bool far = half ? read > kFarHalfBytes && args.cols >= kFarHalfCols : read > kFarBytes && args.cols >= kFarCols;
+    const bool wide = has_small_l2() && read > kFarWideBytes && args.cols >= kFarWideCols;
+    const bool far = half ? read > kFarHalfBytes && args.cols >= kFarHalfCols : wide || (read > kFarBytes && args.cols >= kFarCols);
     return far ? RowSchedule::kPipeline : RowSchedule::kBatches;
   }
   return bytes > kFarBytes ? RowSchedule::kFarBatches : RowSchedule::kBatches;
@@ -217,6 +221,15 @@ bool is_amd() {
 #endif
 }
 
+std::int64_t l2_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const std::int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return l2;
+#else
+  return 0;
+#endif
+}
+
 Parallel threads_for(const Parallel& parallel, std::int64_t bytes) {
   return parallel.run == nullptr || bytes < kSerialBytes ? Parallel{} : parallel;
 }
@@ -265,7 +278,8 @@ void row_backward(RowNorm norm, const RowBackwardArgs& args, void* workspace, co
   plan.row_sums = static_cast<char*>(plan.sums) + sums_bytes(norm, args, plan);
   plan.parallel = threads_for(parallel, args.rows * args.cols * 3 * static_cast<std::int64_t>(accumulate_size_of(args.dtype)));
   const std::int64_t bytes = args.rows * args.cols * static_cast<std::int64_t>(size_of(args.dtype));
-  plan.fetch = is_amd() && args.grad_input != nullptr && plan.runs != 0 && bytes > kFetchGradientBytes;
+  const std::int64_t fetched = has_small_l2() ? kFetchGradientSmallL2Bytes : kFetchGradientBytes;
+  plan.fetch = is_amd() && args.grad_input != nullptr && plan.runs != 0 && bytes > fetched;
   // Whole runs, unless sharing the inside of every run keeps more threads busy, a quarter of that lost to its barriers.
   const std::int64_t threads = plan.parallel.threads;
   const auto busy = [threads](std::int64_t tasks) {

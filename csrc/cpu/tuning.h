@@ -25,6 +25,11 @@ constexpr std::int64_t kMemoryBytes = 12 << 20;
 // Sapphire Rapids was measured with batches alone, its limit with plain norms.
 constexpr std::int64_t kFarHalfBytes = 6 << 20;
 constexpr std::int64_t kFarCols = 128, kFarHalfCols = 512;
+// Where L2 holds half a megabyte, as on Zen 3, wide rows in float32 and wider are far from here on, as soon as what is read and
+// written is not what was there a moment ago [us, batches and the pipeline: RMSNorm 512x768 77, 63; 768x768 171, 128; 1024x768 187,
+// 136; LayerNorm 93, 88; 194, 158; 216, 175; fused equal or less; narrow rows, LayerNorm 4096x128, 255, 283].
+constexpr std::int64_t kSmallL2Bytes = 512 * 1024;
+constexpr std::int64_t kFarWideBytes = 1 << 20, kFarWideCols = 512;
 // An output that fills the caches is written past them where its pages are mapped [Zen 4, 16384x1024 in mapped pages: LayerNorm
 // float32 4.97 -> 3.43 ms, RMSNorm and the sum of its output 6.04 -> 5.66, and its product with 64 columns 21.8 -> 20.2; bfloat16
 // 2.59 -> 2.36, 3.05 -> 2.48, 8.21 -> 7.07. Fresh pages are in the caches once the system has cleared them: no gain there, on a
@@ -34,6 +39,7 @@ constexpr std::int64_t kStreamBytes = 32 << 20;
 // us: LayerNorm float32 1576x768 1001 -> 802, bfloat16 745 -> 691; 4096x4096 13804 -> 11963, 7390 -> 6296]. In L2 it brings nothing
 // and costs up to 1 %.
 constexpr std::int64_t kFetchGradientBytes = 2 << 20;
+constexpr std::int64_t kFetchGradientSmallL2Bytes = 1 << 20;  // [Zen 3, LayerNorm float32 4096x128 440 -> 403, backward alone]
 // Input (and gradient) up to here, and up to L2, are still there when they are read again: half of L2 on a Xeon, all of it on
 // Zen 4. [Zen 3, L2 of 512 KB, 1 MB and 512 KB: GroupNorm of channels-last, float32, 2x640x32x32 0.73 and 0.98 of torch's speed.]
 constexpr std::int64_t kMostResidentBytes = 1 << 20;
