@@ -121,10 +121,7 @@ std::size_t lay_out(void* base, std::size_t value_bytes, const std::int64_t (&co
 }
 
 // What stays in L2 until it is read again.
-std::int64_t resident_bytes() {
-  const std::int64_t l2 = l2_bytes();
-  return l2 > 0 ? std::min(l2, kMostResidentBytes) : kMostResidentBytes;
-}
+std::int64_t resident_bytes() { return std::min(l2_bytes(), kMostResidentBytes); }
 
 // Whether units of work, `count` of at most `bytes` each, are handled one after the other: such a unit fits L2, and threads that
 // share them out are busy to the end, three quarters of them at least.

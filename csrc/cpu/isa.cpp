@@ -109,7 +109,7 @@ constexpr std::int64_t kBlockCols = 32768;
 std::int64_t segments_of(std::int64_t cols) { return (cols + kSegment - 1) / kSegment; }
 
 // That of Zen 3 and before.
-bool has_small_l2() { return l2_bytes() > 0 && l2_bytes() <= kSmallL2Bytes; }
+bool has_small_l2() { return l2_bytes() <= kSmallL2Bytes; }
 
 RowSchedule schedule_of(const RowForwardArgs& args) {
   const std::int64_t bytes = args.rows * args.cols * static_cast<std::int64_t>(size_of(args.dtype));
@@ -224,10 +224,9 @@ bool is_amd() {
 std::int64_t l2_bytes() {
 #ifdef _SC_LEVEL2_CACHE_SIZE
   static const std::int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  return l2;
-#else
-  return 0;
+  if (l2 > 0) return l2;
 #endif
+  return 1 << 20;
 }
 
 Parallel threads_for(const Parallel& parallel, std::int64_t bytes) {

@@ -72,7 +72,7 @@ const IsaKernels& kernels();  // the ones in use
 // They may use avx512_bf16; set when they are chosen.
 extern __attribute__((visibility("hidden"))) bool has_bfloat16_instruction;
 bool is_amd();            // the processor, as it says itself
-std::int64_t l2_bytes();  // of a core; 0 or less: unknown
+std::int64_t l2_bytes();  // of a core; 1 MB where the system does not say
 // The caller's threads, or none where waking them costs more than they save: `bytes` are those of all passes over the values.
 Parallel threads_for(const Parallel& parallel, std::int64_t bytes);
 
