@@ -133,8 +133,10 @@ def fill(kind, rows, cols, mean, generator):
         x = x[:, :1].repeat(1, cols) * 100
     elif kind == "tiny":
         x = x * 1e-4
-    elif kind == "mixed":  # every row its own mean and scale
+    elif kind == "mixed":  # every row its own mean and scale, and up to 3 deviations' difference at places that a sample may take
         spread = torch.randn(rows, 2, generator=generator, dtype=torch.float64)
+        regular = torch.arange(cols) % max(32, min(cols, 4096) // 4) < 32
+        x = x + 3 * torch.rand(rows, 1, generator=generator, dtype=torch.float64) * regular
         x = x * torch.exp2(3 * spread[:, :1]) + 50 * spread[:, 1:]
     return x
 

@@ -15,40 +15,26 @@ namespace {
 constexpr std::int64_t kBlockColumns = 64;
 constexpr std::int64_t kBatchOfLines = 16384;  // bytes; in 16 bits 32 KB take 0.5 % longer
 
-// Moments of `count` <= kMaxBatch lines of n <= kSegment values, one after the other. What follows is fetched during the pass that
-// only reads L1: 3 to 10 % less time. So is `output`, where these lines will be written, or null.
+// Moments of `count` <= kMaxBatch lines of n <= kSegment values, one after the other. What follows is fetched meanwhile, and so is
+// `output`, where these lines will be written, or null.
 template <class T>
 __attribute__((noinline)) void line_moments(const T* x, std::int64_t n, int count, Accumulate<T>* mean, Accumulate<T>* correction,
                                             Accumulate<T>* m2, const T* output) {
   using A = Accumulate<T>;
   using V = Vector<A>;
-  alignas(V) A sums[3][kMaxBatch] = {};
-  V of_line[2][kMaxBatch];
-  for (int r = 0; r < count; ++r) {
-    V sum[1];
-    sum_columns<A>(
-        n,
-        [&](std::int64_t column, auto extent, Sums<A, 1>& s)
-            __attribute__((always_inline)) { s.of[0] = s.of[0] + load<T>(x + r * n + column, extent); },
-        sum);
-    of_line[0][r] = sum[0];
-  }
-  sum_lanes_of_rows(of_line[0], count, sums[0]);
   const V size = V{} + static_cast<A>(n);
-  for (int r = 0; r < count; r += kLanes<A>) store_bytes(sums[0] + r, load_bytes<V>(sums[0] + r) / size);
-  for (int r = 0; r < count; ++r) {
-    V deviations[2];
+  alignas(V) A sums[3][kMaxBatch] = {};
+  const auto next_of = [&](int r) {
     RowAhead<T, T, false, 1> next = {};
     next.source.input = {x + (r + count) * n};
     next.output = {at(output, r * n)};
-    deviation_sums<T>(x + r * n, next, sums[0][r], n, deviations);
-    of_line[0][r] = deviations[0];
-    of_line[1][r] = deviations[1];
-  }
-  sum_lanes_of_rows(of_line[0], count, sums[1]);
-  sum_lanes_of_rows(of_line[1], count, sums[2]);
+    return next;
+  };
+  centred_sums<T>(count, n, [&](int r) { return RowSource<T, false>(x + r * n); }, next_of, sums);
   for (int r = 0; r < count; r += kLanes<A>) {
-    const Moments<V> found = moments(load_bytes<V>(sums[0] + r), load_bytes<V>(sums[1] + r), load_bytes<V>(sums[2] + r), size);
+    const Moments<V> found =
+        at_mean(moments(load_bytes<V>(sums[0] + r), load_bytes<V>(sums[1] + r), load_bytes<V>(sums[2] + r), size));
+    store_bytes(sums[0] + r, found.mean);
     store_bytes(sums[1] + r, found.correction);
     store_bytes(sums[2] + r, found.m2);
   }

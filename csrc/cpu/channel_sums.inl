@@ -25,10 +25,6 @@ NORMEXT_INLINE bool comes_from_memory(const ChannelShape& shape) {
 }
 
 template <class A>
-NORMEXT_INLINE Pair<A> operator+(Pair<A> x, Pair<A> y) {
-  return {x.a + y.a, x.b + y.b};
-}
-template <class A>
 NORMEXT_INLINE Pair<A> both(Vector<A> x) {
   return {x, x};
 }

@@ -1,9 +1,9 @@
 // LayerNorm and RMSNorm forward, with or without a fused residual, for one instruction set.
 //
 // Rows of one segment are handled in batches that stay in L1: the statistics of all rows of the batch, then the output of all, so
-// that the long latencies of one row (sums across lanes, divisions, a root) overlap with the next. Or in a pipeline: the first sum
-// of a row, the deviations of the row before (LayerNorm), the output of the row before that. Longer rows are handled one at a time,
-// a segment's moments from L1, the output from L2. A row that is split over threads goes through the same sums.
+// that the long latencies of one row (sums across lanes, divisions, a root) overlap with the next. Or in a pipeline: the statistics
+// of a row, the output of the row before. Longer rows are handled one at a time, a segment's moments from L1, the output from L2. A
+// row that is split over threads goes through the same sums.
 
 #pragma once
 
@@ -18,7 +18,7 @@ namespace {
 template <class Policy, class T, class P, class O, int kMode, Source kSource>
 __attribute__((noinline)) void apply_batch(const RowForwardArgs& args, bool stream, std::int64_t first_row, int count,
                                            std::int64_t following, const RowBatch<Accumulate<T>>& batch) {
-  constexpr int shares = kShares<Policy, T, kSource, 2>;
+  constexpr int shares = kShares<kSource>;
   const T* x[kMaxBatch];
   Ahead<T, shares> next[kMaxBatch];
   OutputRow<O, kSource == Source::kFar> output[kMaxBatch];
@@ -49,35 +49,36 @@ template <class Policy, class T, class P, class O, int kMode, bool kResidual>
 __attribute__((noinline)) void pipeline(const RowForwardArgs& args, bool stream, std::int64_t begin, std::int64_t end) {
   using A = Accumulate<T>;
   using Row = typename Policy::template Row<A>;
-  constexpr std::int64_t kDelay = Policy::kCentred ? 2 : 1;  // stages before the output
   constexpr int kShared = Policy::kCentred ? 2 : 1;  // passes that fetch what is read next [LayerNorm 16384x1024: 5.28 -> 4.74 ms]
   const std::int64_t cols = args.cols, last = args.rows - 1;
   const A n = static_cast<A>(cols), eps = static_cast<A>(args.eps);
-  A mean = 0;    // of the row whose deviations are next
+  const auto pivot_of = [&](std::int64_t r) { return segment_pivot(RowSource<T, kResidual>(args, r), 0, cols); };
+  A pivot = 0;  // of the row whose statistics are next
+  if constexpr (Policy::kCentred) pivot = pivot_of(begin);
   Row row = {};  // of the row whose output is next
-  for (std::int64_t r = begin; r < end + kDelay; ++r) {
+  for (std::int64_t r = begin; r <= end; ++r) {
     const std::int64_t following = smaller(r + 1, last);
-    A sum = 0;
-    if (r < end) sum = sum_lanes<A>(first_sum<Policy>(RowSource<T, kResidual>(args, r), 0, cols, Ahead<T, 0>{}));
     Row finished = {};
-    if constexpr (Policy::kCentred) {
-      if (r > begin && r <= end) {
-        Vector<A> sums[2];
+    if (r < end) {
+      const RowSource<T, kResidual> source(args, r);
+      if constexpr (Policy::kCentred) {
         const auto next = source_ahead<T, kResidual, kShared>(RowSource<T, kResidual>(args, following), cols, 0);
-        deviation_sums<T>(stored_row<T>(args, r - 1), next, mean, cols, sums);
-        finished = finish_single(mean, sum_lanes<A>(sums[0]), sum_lanes<A>(sums[1]), n, eps);
+        const CentredSums<A> sums = segment_sums(source, 0, cols, pivot, next);
+        finished = finish_single(sums.pivot, sums.d, sums.d2, n, eps);
+      } else {
+        finished = finish_single<Policy>(sum_lanes<A>(square_sum(source, 0, cols, Ahead<T, 0>{})), n, eps);
       }
-      mean = sum / n;
-    } else {
-      finished = finish_single<Policy>(sum, n, eps);
     }
-    const std::int64_t out = r - kDelay;
-    if (out >= begin) {
+    if (r > begin) {
+      const std::int64_t out = r - 1;
       const T* x = stored_row<T>(args, out);
       const OutputRow<O, true> output(args, stream, out);
-      const auto next = row_ahead<T, O, kResidual, kShared>(args, stream, following, smaller(out + 1, last));
+      const auto next = row_ahead<T, O, kResidual, kShared>(args, stream, following, r < last ? r : last);
       save_statistics<Policy, A>(args, out, row);
       apply<Policy, T, P, kMode, 1>(args, &x, &output, &next, &row, 0, cols);
+    }
+    if constexpr (Policy::kCentred) {
+      if (r + 1 < end) pivot = pivot_of(r + 1);
     }
     row = finished;
   }

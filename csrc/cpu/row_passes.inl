@@ -1,11 +1,10 @@
 // LayerNorm and RMSNorm forward for one instruction set: the passes over rows that row_forward.inl puts together. Statistics of a
 // batch of rows of one segment, or of a longer row; output of several rows.
-// A residual is added and stored while the first sum is taken; everything after that reads the stored, rounded row.
+// A residual is added and stored while the statistics are taken; the output reads the stored, rounded row.
 
 #pragma once
 
-#include "cpu/prefetch.inl"
-#include "cpu/row_sums.inl"
+#include "cpu/row_moments.inl"
 #include "norms/layer_norm.h"
 #include "norms/rms_norm.h"
 
@@ -13,7 +12,6 @@ namespace normext {
 inline namespace NORMEXT_ISA {
 namespace {
 
-constexpr int kMaxBatch = 16;  // rows; a whole number of vectors
 // Of a batch. In 16 bits arithmetic counts for more than L1, which the batch fills, and batches save some [Zen 4, LayerNorm and
 // RMSNorm bfloat16, 16 and 32 KB: 256x768 20.0 -> 19.4, 14.3 -> 13.9 us; float32 23.0 -> 24.9, 17.3 -> 18.8].
 template <class T>
@@ -21,7 +19,7 @@ constexpr std::int64_t kBatchBytes = sizeof(T) == 2 ? 32768 : 16384;
 constexpr std::int64_t kLeastBatch = 2;  // rows share parameters [LayerNorm float32 32x4096, batches of a row: 19.9 -> 19.2 us]
 // Far: rows are fetched a batch ahead, an input that comes from memory in equal shares by all passes over the batch before, so that
 // memory is busy during mere arithmetic, too: 3 to 10 % less time than fetching in one pass, 20 % at 4096x4096 in bfloat16. Near,
-// in L2, prefetches cost more than they bring, except in the pass of LayerNorm in float32 that only reads L1: 4 to 10 %.
+// in L2, prefetches cost more than they bring.
 enum class Source { kNear, kFar };
 
 // One of kShares shares of what a next row is read from.
@@ -47,22 +45,14 @@ struct RowAhead {
     output.fetch(column);
   }
 };
-// How many passes share the work in a batch: all passes, or the one over deviations alone.
-template <class Policy, class T, Source kSource, int kPass>
-constexpr int kShares = kSource == Source::kFar ? (Policy::kCentred ? 3 : 2) : (kPass == 1 && Policy::kCentred && sizeof(T) >= 4);
+// How many passes share the work: that of the statistics and that of the output, or none.
+template <Source kSource>
+constexpr int kShares = kSource == Source::kFar ? 2 : 0;
 
 template <int kShares, class T>
 NORMEXT_INLINE Ahead<T, kShares> ahead(const T* row, std::int64_t cols, int share) {
   if constexpr (kShares == 0) return {};
   else return {row + cols * share / kShares};
-}
-
-// unit(column, extent) for the units of columns [begin, end), a whole number of units from the start of the row.
-template <class A, class Unit>
-NORMEXT_INLINE void for_units(std::int64_t begin, std::int64_t end, Unit unit) {
-  std::int64_t column = begin;
-  for (; end - column >= kUnit<A>; column += kUnit<A>) unit(column, Whole{});
-  if (column < end) unit(column, Partial{static_cast<int>(end - column)});
 }
 
 // How the output is formed: bits, known at compile time.
@@ -81,94 +71,16 @@ struct RowBatch {
   }
 };
 
-// One row as the statistics see it.
-template <class T, bool kResidual>
-struct RowSource {
-  using A = Accumulate<T>;
-  const T* input;
-  const T* residual;
-  T* residual_out;
-  A alpha;
-
-  NORMEXT_INLINE RowSource(const RowForwardArgs& args, std::int64_t row)
-      : input(static_cast<const T*>(args.input) + args.input_layout.offset(row)), alpha(static_cast<A>(args.alpha)) {
-    if constexpr (kResidual) {
-      residual = static_cast<const T*>(args.residual) + args.residual_layout.offset(row);
-      residual_out = static_cast<T*>(args.residual_out) + args.residual_out_layout.offset(row);
-    }
-  }
-  // The first look at some columns: the sum is rounded once to T and stored.
-  template <class Extent>
-  NORMEXT_INLINE Pair<A> first(std::int64_t column, Extent extent) const {
-    Pair<A> x = load<T>(input + column, extent);
-    if constexpr (kResidual) {
-      const Pair<A> r = load<T>(residual + column, extent);
-      const Vector<A> scale = Vector<A>{} + alpha;  // by 1 the fma is the plain sum
-      const Packed<T> sum = Packed<T>::pack({fma(r.a, scale, x.a), fma(r.b, scale, x.b)});
-      store_packed(residual_out + column, sum, extent);
-      x = keep<T>(sum.unpack(), extent);
-    }
-    return x;
-  }
-  NORMEXT_INLINE const T* stored() const {
-    if constexpr (kResidual) return residual_out;
-    else return input;
-  }
-};
-
-// Sum of the columns, or of their squares.
-template <class Policy, class T, bool kResidual, class Next>
-NORMEXT_INLINE Vector<Accumulate<T>> first_sum(const RowSource<T, kResidual>& row, std::int64_t begin, std::int64_t cols,
-                                               Next next) {
-  using A = Accumulate<T>;
-  Vector<A> sum[1];
-  sum_columns<A>(
-      cols,
-      [&](std::int64_t column, auto extent, Sums<A, 1>& sums) __attribute__((always_inline)) {
-        next.fetch(column);
-        const Pair<A> x = row.first(begin + column, extent);
-        Pair<A>& s = sums.of[0];
-        if constexpr (Policy::kCentred) s = {s.a + x.a, s.b + x.b};
-        else s = {fma(x.a, x.a, s.a), fma(x.b, x.b, s.b)};
-      },
-      sum);
-  return sum[0];
-}
-
-// Sums of the deviations from `mean` and of their squares. Half of the deviations come by fma, with the bits of a subtraction,
-// since processors that add and multiply in units of their own would wait for those that add [Zen 4, LayerNorm: 3 % less time].
-template <class T, class Next>
-NORMEXT_INLINE void deviation_sums(const T* x, Next next, Accumulate<T> mean, std::int64_t cols,
-                                   Vector<Accumulate<T>> (&sums_out)[2]) {
-  using A = Accumulate<T>;
-  const Vector<A> one = Vector<A>{} + A(1), centre = Vector<A>{} + mean;
-  sum_columns<A>(
-      cols,
-      [&](std::int64_t column, auto extent, Sums<A, 2>& sums) __attribute__((always_inline)) {
-        next.fetch(column);
-        const Pair<A> v = load<T>(x + column, extent);
-        const Pair<A> d = keep<T>({fma(v.a, one, -centre), v.b - centre}, extent);
-        Pair<A>&s = sums.of[0], &s2 = sums.of[1];
-        s = {s.a + d.a, s.b + d.b};
-        s2 = {fma(d.a, d.a, s2.a), fma(d.b, d.b, s2.b)};
-      },
-      sums_out);
-}
-
 // Moments of one segment; without centring only m2 is meant: the sum of squares.
 template <class Policy, class T, bool kResidual>
 NORMEXT_INLINE Moments<Accumulate<T>> segment_moments(const RowSource<T, kResidual>& row, std::int64_t segment, std::int64_t cols) {
   using A = Accumulate<T>;
   const std::int64_t begin = segment * kSegment, n = segment_cols(segment, cols);
-  const A sum = sum_lanes<A>(first_sum<Policy>(row, begin, n, Ahead<T, 0>{}));
   if constexpr (Policy::kCentred) {
-    const A mean = sum / static_cast<A>(n);
-    Vector<A> sums[2];
-    const auto next = ahead<kShares<Policy, T, Source::kNear, 1>>(row.input + (begin + n < cols ? begin + n : begin), n, 0);
-    deviation_sums<T>(row.stored() + begin, next, mean, n, sums);
-    return moments(mean, sum_lanes<A>(sums[0]), sum_lanes<A>(sums[1]), static_cast<A>(n));
+    const CentredSums<A> sums = segment_sums(row, begin, n, segment_pivot(row, begin, n), Ahead<T, 0>{});
+    return at_mean(moments(sums.pivot, sums.d, sums.d2, static_cast<A>(n)));
   } else {
-    return {0, 0, sum};
+    return {0, 0, sum_lanes<A>(square_sum(row, begin, n, Ahead<T, 0>{}))};
   }
 }
 
@@ -209,35 +121,6 @@ NORMEXT_INLINE ScaledRow<A> finish_single(A sum_square, A n, A eps) {
   return {Policy::finish(V{} + sum_square, V{} + n, V{} + eps).rstd[0]};
 }
 
-// Second half of batch_statistics where the mean counts: sums[0] holds the sums of the rows.
-template <class T, bool kResidual, Source kSource>
-NORMEXT_INLINE void centre_batch(const RowForwardArgs& args, std::int64_t first_row, int count, std::int64_t following,
-                                 Vector<Accumulate<T>> (&of_row)[2][kMaxBatch], Accumulate<T> (&sums)[3][kMaxBatch],
-                                 RowBatch<Accumulate<T>>& batch) {
-  using A = Accumulate<T>;
-  using V = Vector<A>;
-  const V n = V{} + static_cast<A>(args.cols), eps = V{} + static_cast<A>(args.eps);
-  for (int r = 0; r < count; r += kLanes<A>) store_bytes(sums[0] + r, load_bytes<V>(sums[0] + r) / n);
-  for (int r = 0; r < count; ++r) {
-    const RowSource<T, kResidual> row(args, first_row + r);
-    const auto next = ahead<kShares<LayerNorm, T, kSource, 1>>(next_row<T>(args, first_row, count, following, r), args.cols,
-                                                               kSource == Source::kFar ? 1 : 0);
-    V deviations[2];
-    deviation_sums<T>(row.stored(), next, sums[0][r], args.cols, deviations);
-    of_row[0][r] = deviations[0];
-    of_row[1][r] = deviations[1];
-  }
-  sum_lanes_of_rows(of_row[0], count, sums[1]);
-  sum_lanes_of_rows(of_row[1], count, sums[2]);
-  for (int r = 0; r < count; r += kLanes<A>) {
-    const CentredRow<V> row =
-        finish_segment(load_bytes<V>(sums[0] + r), load_bytes<V>(sums[1] + r), load_bytes<V>(sums[2] + r), n, eps);
-    store_bytes(batch.hi + r, row.hi);
-    store_bytes(batch.lo + r, row.lo);
-    store_bytes(batch.rstd + r, row.rstd);
-  }
-}
-
 // Statistics of `count` rows of one segment each. The last step runs on vectors of rows.
 template <class Policy, class T, bool kResidual, Source kSource>
 __attribute__((noinline)) void batch_statistics(const RowForwardArgs& args, std::int64_t first_row, int count,
@@ -245,18 +128,27 @@ __attribute__((noinline)) void batch_statistics(const RowForwardArgs& args, std:
   using A = Accumulate<T>;
   using V = Vector<A>;
   const V n = V{} + static_cast<A>(args.cols), eps = V{} + static_cast<A>(args.eps);
-  alignas(V) A sums[3][kMaxBatch] = {};
-  V of_row[2][kMaxBatch];
-  for (int r = 0; r < count; ++r) {
-    const auto next = ahead<kShares<Policy, T, kSource, 0>>(next_row<T>(args, first_row, count, following, r), args.cols, 0);
-    of_row[0][r] = first_sum<Policy>(RowSource<T, kResidual>(args, first_row + r), 0, args.cols, next);
-  }
-  sum_lanes_of_rows(of_row[0], count, sums[0]);
+  const auto source_of = [&](int r) { return RowSource<T, kResidual>(args, first_row + r); };
+  const auto next_of = [&](int r) {
+    return ahead<kShares<kSource>>(next_row<T>(args, first_row, count, following, r), args.cols, 0);
+  };
   if constexpr (Policy::kCentred) {
-    centre_batch<T, kResidual, kSource>(args, first_row, count, following, of_row, sums, batch);
-  } else {
+    alignas(V) A sums[3][kMaxBatch] = {};
+    centred_sums<T>(count, args.cols, source_of, next_of, sums);
     for (int r = 0; r < count; r += kLanes<A>) {
-      store_bytes(batch.rstd + r, Policy::finish(load_bytes<V>(sums[0] + r), n, eps).rstd);
+      const CentredRow<V> row =
+          finish_segment(load_bytes<V>(sums[0] + r), load_bytes<V>(sums[1] + r), load_bytes<V>(sums[2] + r), n, eps);
+      store_bytes(batch.hi + r, row.hi);
+      store_bytes(batch.lo + r, row.lo);
+      store_bytes(batch.rstd + r, row.rstd);
+    }
+  } else {
+    alignas(V) A sums[kMaxBatch] = {};
+    V of_row[kMaxBatch];
+    for (int r = 0; r < count; ++r) of_row[r] = square_sum(source_of(r), 0, args.cols, next_of(r));
+    sum_lanes_of_rows(of_row, count, sums);
+    for (int r = 0; r < count; r += kLanes<A>) {
+      store_bytes(batch.rstd + r, Policy::finish(load_bytes<V>(sums + r), n, eps).rstd);
     }
   }
 }

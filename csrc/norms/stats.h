@@ -1,11 +1,11 @@
 // Statistics of a row, group or channel: moments of a segment, and the one merge of all segments.
 //
-//   segment:  m = sum(x)/n;  d = x - m;  c = sum(d)/n;  q = sum(d*d) - n*c*c
+//   segment:  m near sum(x)/n;  d = x - m;  c = sum(d)/n;  q = sum(d*d) - n*c*c
 //   merge:    pivot = m_0;  u_s = (m_s - pivot) + c_s;  U = sum(n_s*u_s)/N;  M2 = sum(q_s + n_s*(u_s - U)^2)
 //             mean = hi + lo with hi = fl(pivot + U), lo = U - (hi - pivot);  rstd = 1/sqrt(M2/N + eps)
 //
-// c removes the rounding of m, and lo that of hi, so the error does not grow with the mean (corrected two-pass of Chan,
-// Golub and LeVeque, 1983, per segment). Division by n, never multiplication by 1/n: constant rows then give the bias exactly.
+// c removes the error of m, and lo the rounding of hi, so the error does not grow with the mean (corrected two-pass of Chan, Golub
+// and LeVeque, 1983, per segment). Division by n, never multiplication by 1/n: constant rows then give the bias exactly.
 #pragma once
 
 #include "core/math.h"
@@ -29,6 +29,21 @@ NORMEXT_INLINE Moments<A> moments(A mean, A sum_d, A sum_d2, A n) {
   // infinite, rstd is then 0 and the row gives the bias.
   const auto finite = square - square == A{};
   return {mean, c, finite ? sum_d2 - square : sum_d2};
+}
+
+// Whether m was near enough to the mean, where that was only hoped for: q is finite, and n*c*c, with which its error grows, is at
+// most q. Else d is to be taken once more, from m + c.
+template <class A>
+NORMEXT_INLINE auto near_mean(Moments<A> s, A n) {
+  const A slack = s.m2 - n * s.correction * s.correction;
+  return (slack >= A{}) & (slack - slack == A{});
+}
+
+// The same with m where the mean is, for one who takes m of one segment as the pivot of all.
+template <class A>
+NORMEXT_INLINE Moments<A> at_mean(Moments<A> s) {
+  const A mean = s.mean + s.correction;
+  return {mean, s.correction - (mean - s.mean), s.m2};
 }
 
 // u_s: where the segment's mean lies relative to the pivot.
