@@ -122,6 +122,11 @@ def short(dtype):
     return str(dtype).removeprefix("torch.").replace("bfloat16", "bf16").replace("float", "f")
 
 
+def sampled_places(cols):
+    """Where the CPU's kernels may look for a first idea of a row's mean."""
+    return torch.arange(cols) % max(32, min(cols, 4096) // 4) < 32
+
+
 def fill(kind, rows, cols, mean, generator):
     """Activations in float64; the caller rounds them to the dtype under test."""
     x = torch.randn(rows, cols, generator=generator, dtype=torch.float64) + mean
@@ -133,10 +138,15 @@ def fill(kind, rows, cols, mean, generator):
         x = x[:, :1].repeat(1, cols) * 100
     elif kind == "tiny":
         x = x * 1e-4
+    elif kind == "regular":  # two values, one of them at all places that a sample may take
+        share = torch.linspace(0, 1, rows, dtype=torch.float64)[:, None]
+        x = torch.where(sampled_places(cols) | (torch.arange(cols) >= cols * (1 - share)), 1.0, -1.0).double()
+        x = x * torch.exp2(2 * torch.randn(rows, 1, generator=generator, dtype=torch.float64)) + mean
+    elif kind == "tight":
+        x = 1e5 + 0.006 * x
     elif kind == "mixed":  # every row its own mean and scale, and up to 3 deviations' difference at places that a sample may take
         spread = torch.randn(rows, 2, generator=generator, dtype=torch.float64)
-        regular = torch.arange(cols) % max(32, min(cols, 4096) // 4) < 32
-        x = x + 3 * torch.rand(rows, 1, generator=generator, dtype=torch.float64) * regular
+        x = x + 3 * torch.rand(rows, 1, generator=generator, dtype=torch.float64) * sampled_places(cols)
         x = x * torch.exp2(3 * spread[:, :1]) + 50 * spread[:, 1:]
     return x
 
@@ -255,8 +265,8 @@ def _accuracy():
             if mean < 6e4:
                 yield Case(op, cols=1152, mean=mean, dtype=torch.float16)
             yield Case(op, cols=1152, mean=mean, dtype=torch.bfloat16)
-        for data in ("two_valued", "outlier", "tiny", "mixed"):
-            for cols in (257, 4096):
+        for data in ("two_valued", "outlier", "tiny", "mixed", "regular"):
+            for cols in (257, 1024, 4096):
                 yield Case(op, cols=cols, data=data)
         yield Case(op, cols=1024, weight=False)
         yield Case(op, cols=1000, weight=False, bias=False)

@@ -343,7 +343,7 @@ def _accuracy():
                 yield at(*wide, mean=mean, dtype=torch.bfloat16)
                 if mean < 6e4:
                     yield at(*wide, mean=mean, dtype=torch.float16)
-            for data in ("two_valued", "outlier", "tiny", "mixed"):
+            for data in ("two_valued", "outlier", "tiny", "mixed", "regular"):
                 for shape in (odd, wide):
                     yield at(*shape, data=data)
             for weight, bias in ((False, False), (True, False), (False, True)):

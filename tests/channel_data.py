@@ -3,6 +3,13 @@
 import torch
 
 
+def sampled_places(case):
+    """Where the CPU's kernels may look for a first idea of a channel's mean, of shape [spatial]."""
+    size = torch.Size(case.spatial).numel()
+    place = torch.arange(size)
+    return place % 8 == 0 if case.layout == "channels_last" else place % max(32, size // 4) < 32
+
+
 def fill(case, batch, generator):
     """Activations in float64; the caller rounds them to the dtype under test."""
     shape = (batch, case.channels, *case.spatial)
@@ -23,11 +30,15 @@ def fill(case, batch, generator):
         x = of_slabs().expand(shape) * 100 + case.mean
     elif case.data == "tiny":
         x = x * 1e-4
+    elif case.data == "regular":  # two values, one of them at all places that a sample may take
+        share = torch.linspace(0, 1, case.channels, dtype=torch.float64)[:, None]
+        regular = sampled_places(case)
+        of_channel = regular | (torch.arange(len(regular)) >= len(regular) * (1 - share))
+        x = torch.where(of_channel, 0.1, -0.1).double().view(1, case.channels, *case.spatial).expand(shape) + case.mean
     elif case.data == "mixed":  # every channel of every image its own mean and scale, and a difference where a sample may look
         per_channel = (batch, case.channels, *[1] * len(case.spatial))
         spread = torch.randn(2, *per_channel, generator=generator, dtype=torch.float64)
-        place = torch.arange(torch.Size(case.spatial).numel()).view(case.spatial)
-        regular = place % 8 == 0 if case.layout == "channels_last" else place % max(32, place.numel() // 4) < 32
+        regular = sampled_places(case).view(case.spatial)
         x = x + 3 * torch.rand(per_channel, generator=generator, dtype=torch.float64) * regular
         x = x * torch.exp2(3 * spread[0]) + 50 * spread[1]
     return x

@@ -28,7 +28,7 @@ SUMS = "csrc/cuda/collectives.cuh"
 FORWARD = "csrc/cuda/row_forward.cuh"
 BACKWARD = "csrc/cuda/row_backward.cuh"
 CPU_FORWARD = "csrc/cpu/row_forward.inl"
-CPU_PASSES = "csrc/cpu/row_passes.inl"
+CPU_MOMENTS = "csrc/cpu/row_moments.inl"
 
 MUTANTS = (
     # ---- statistics
@@ -78,19 +78,36 @@ MUTANTS = (
     ),
     Mutant(
         "statistics of the unrounded sum",
-        CPU_PASSES,
-        "x = keep<T>(sum.unpack(), extent);",
-        "x = keep<T>({fma(r.a, scale, x.a), fma(r.b, scale, x.b)}, extent);",
+        CPU_MOMENTS,
+        "return keep<T>(sum.unpack(), extent);",
+        "const Pair<A> x = load<T>(input + column, extent), r = load<T>(residual + column, extent);\n"
+        "return keep<T>({fma(r.a, Vector<A>{} + alpha, x.a), fma(r.b, Vector<A>{} + alpha, x.b)}, extent);",
         "avx2",
         EXACT,
     ),
     Mutant(
-        "pipeline: the mean of the next row",
+        "pipeline: the shift of the row before",
         CPU_FORWARD,
-        "finished = finish_single(mean, sum_lanes<A>(sums[0])",
-        "finished = finish_single(sum / n, sum_lanes<A>(sums[0])",
+        "shift = shift_of(r + 1);",
+        "shift = shift_of(r);",
         "avx2",
         INVARIANCE,
+    ),
+    Mutant(
+        "a shift that misses the mean is kept",
+        CPU_MOMENTS,
+        "__builtin_expect(near_mean(found, static_cast<Accumulate<T>>(cols), kSlack), 1)",
+        "true",
+        "avx2",
+        ACCURACY,
+    ),
+    Mutant(
+        "a shift may miss the mean by a deviation",
+        CPU_MOMENTS,
+        "constexpr int kSlack = 4;",
+        "constexpr int kSlack = 1;",
+        "avx2",
+        ACCURACY,
     ),
     Mutant(
         "sums of a few rows looked for in the wrong lanes",

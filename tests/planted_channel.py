@@ -34,6 +34,14 @@ MUTANTS = (
         RUNNING,
     ),
     Mutant(
+        "channels-last: a shift that misses the mean is kept",
+        "csrc/cpu/channel_last.inl",
+        "if (sampled && __builtin_expect(",
+        "if (false && __builtin_expect(",
+        "avx2",
+        CHANNEL_ACCURACY,
+    ),
+    Mutant(
         "last image of a segment of short planes left out of the squares",
         "csrc/cpu/channel_planes.inl",
         "block.template add_images<2>(begin, end, deviations,",

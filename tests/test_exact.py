@@ -102,6 +102,16 @@ def test_constant_rows_of_any_size(cols, value, backend):
     assert cases.gradients(case, t)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("cols", [40, 1024, 4096])
+@pytest.mark.parametrize("place", [0, 39])
+def test_one_huge_value_gives_the_bias(cols, place, backend):
+    """As a mask's lowest number does: the mean is finite, the variance is not."""
+    case = cases.Case("layer_norm", rows=3, cols=cols)
+    t = cases.make(case, backend)
+    t.x[:, place] = torch.finfo(torch.float32).min
+    assert case.call(t)[0].equal(t.bias.expand_as(t.x))
+
+
 @pytest.mark.parametrize("eps", [1e-12, 1e-6, 1e-5, 1e-3])
 def test_constant_rows_at_every_eps(eps, backend):
     case = cases.Case("layer_norm", rows=256, cols=96, data="constant", eps=eps)

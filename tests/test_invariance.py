@@ -61,14 +61,14 @@ def test_wide_rows_do_not_depend_on_the_batch(op, cols, dtype, backend):
         assert_same(results(case, rows_of(t, index)), expected, index)
 
 
-@pytest.mark.parametrize("cols", [521, 1024, 5000])
+@pytest.mark.parametrize("cols, data", [(192, "tight"), (521, "mixed"), (1024, "mixed"), (1024, "regular"), (5000, "mixed")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", cases.OPS)
-def test_rows_from_memory_are_those_from_cache(op, dtype, cols, backend):
+def test_rows_from_memory_are_those_from_cache(op, dtype, cols, data, backend):
     """The CPU goes through its rows otherwise where the input exceeds 3 MB, or on AMD 6 MB in 16 bits."""
     if backend.runs_cuda_code:
         pytest.skip("about the CPU's kernels")
-    case = cases.Case(op, cols=cols, dtype=dtype, data="mixed")
+    case = cases.Case(op, cols=cols, dtype=dtype, data=data)
     t = cases.make(case, backend, rows=(6 << 20) // (cols * dtype.itemsize) + 3)
     assert t.x.nbytes > 6 << 20
     expected = case.call(t)

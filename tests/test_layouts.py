@@ -167,11 +167,12 @@ def test_special_values_spread_as_in_torch(device):
     for op in ("layer_norm", "rms_norm"):
         for dtype in cases.DTYPES:
             for value in (float("nan"), float("inf"), -float("inf")):
-                x = torch.randn(5, 40, device=device).to(dtype)
-                x[2, 7] = value
-                ours, theirs = getattr(normext, op)(x, (40,)), getattr(F, op)(x, (40,))
-                assert ours.isnan().equal(theirs.isnan())
-                assert not ours[[0, 1, 3, 4]].isnan().any()
+                for cols, place in ((40, 7), (1500, 7), (1500, 100)):
+                    x = torch.randn(5, cols, device=device).to(dtype)
+                    x[2, place] = value
+                    ours, theirs = getattr(normext, op)(x, (cols,)), getattr(F, op)(x, (cols,))
+                    assert ours.isnan().equal(theirs.isnan())
+                    assert not ours[[0, 1, 3, 4]].isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

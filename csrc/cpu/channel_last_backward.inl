@@ -143,8 +143,7 @@ struct LastBackward {
       A* mean = rows_of(image) + (3 + q) * padded;
       if (group == 1) channel_means<T>(args, 0, channels, sums, n, mean);
       for (std::int64_t first = 0; group > 1 && first < channels; first += group) {
-        const A of_group = group_mean<T>(args, first, group, sums + first, n);
-        for (std::int64_t c = 0; c < group; ++c) mean[first + c] = of_group;
+        fill(mean + first, group, group_mean<T>(args, first, group, sums + first, n));
       }
       reorder<T>(mean, all);
     }

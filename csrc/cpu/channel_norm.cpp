@@ -19,13 +19,13 @@ namespace normext::cpu {
 namespace {
 
 constexpr std::int64_t kAlignment = 64;  // of the workspace: a cache line
-// Rows of a run in channels-last: as many as fit L2 with the next run, since a run is read twice, but enough that merging costs
-// little and no more than the 16 terms of an accumulator that takes 8 rows at a time. An image of 256 rows and more has about
-// 8 runs or more, so that it can be shared. [1280 channels of 8x8: runs of 16 rows took up to a fifth longer. Zen 4, 64 and 256 KB:
-// BatchNorm float32 8x512x28x28 681 -> 610 us, 32x256x14x14 345 -> 306, bfloat16 8x2048x7x7 162 -> 127; with gradients up to a
-// tenth less]
+// Rows of a run in channels-last: as many as fit L2 with the next run, since rows are read twice, but enough that merging costs
+// little and a sample is small, and no more than the 16 terms of an accumulator that takes 8 rows at a time. An image of 512 rows
+// and more has about 8 runs or more, so that it can be shared. [1280 channels of 8x8: runs of 16 rows took up to a fifth longer.
+// Zen 4, 64 and 256 KB: BatchNorm float32 8x512x28x28 681 -> 610 us, 32x256x14x14 345 -> 306, bfloat16 8x2048x7x7 162 -> 127; with
+// gradients up to a tenth less]
 constexpr std::int64_t kRunBytes = 256 * 1024;
-constexpr std::int64_t kLeastRun = 32;
+constexpr std::int64_t kLeastRun = 64;
 constexpr std::int64_t kMostRun = 128;
 constexpr std::int64_t kRunsOfImage = 8;
 constexpr std::int64_t kRowGroup = 8;

@@ -21,27 +21,19 @@ template <class T>
 __attribute__((noinline)) void line_moments(const T* x, std::int64_t n, int count, Accumulate<T>* mean, Accumulate<T>* correction,
                                             Accumulate<T>* m2, const T* output) {
   using A = Accumulate<T>;
-  using V = Vector<A>;
-  const V size = V{} + static_cast<A>(n);
-  alignas(V) A sums[3][kMaxBatch] = {};
+  const auto source_of = [&](int r) { return RowSource<T, false>(x + r * n); };
   const auto next_of = [&](int r) {
     RowAhead<T, T, false, 1> next = {};
     next.source.input = {x + (r + count) * n};
     next.output = {at(output, r * n)};
     return next;
   };
-  centred_sums<T>(count, n, [&](int r) { return RowSource<T, false>(x + r * n); }, next_of, sums);
-  for (int r = 0; r < count; r += kLanes<A>) {
-    const Moments<V> found =
-        at_mean(moments(load_bytes<V>(sums[0] + r), load_bytes<V>(sums[1] + r), load_bytes<V>(sums[2] + r), size));
-    store_bytes(sums[0] + r, found.mean);
-    store_bytes(sums[1] + r, found.correction);
-    store_bytes(sums[2] + r, found.m2);
-  }
+  BatchMoments<A> lines;
+  shifted_moments_of_rows<T>(count, n, source_of, next_of, lines);
   for (int r = 0; r < count; ++r) {
-    mean[r] = sums[0][r];
-    correction[r] = sums[1][r];
-    m2[r] = sums[2][r];
+    mean[r] = lines.of[0][r];
+    correction[r] = lines.of[1][r];
+    m2[r] = lines.of[2][r];
   }
 }
 

@@ -67,10 +67,7 @@ NORMEXT_INLINE void prepare_rows(const Args& args, std::int64_t image, Accumulat
       });
       continue;
     }
-    for (std::int64_t g = columns.begin / group; g < columns.end / group; ++g) {
-      const A value = stats[g];
-      for (std::int64_t c = g * group; c < (g + 1) * group; ++c) row[c] = value;
-    }
+    for (std::int64_t g = columns.begin / group; g < columns.end / group; ++g) fill(row + g * group, group, stats[g]);
     reorder<T>(row, columns);
   }
 }

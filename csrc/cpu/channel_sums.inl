@@ -29,10 +29,20 @@ NORMEXT_INLINE Pair<A> both(Vector<A> x) {
   return {x, x};
 }
 
+// n times the same value.
+template <class A>
+NORMEXT_INLINE void fill(A* out, std::int64_t n, A value) {
+  const Vector<A> values = Vector<A>{} + value;
+  std::int64_t i = 0;
+  for (; n - i >= kLanes<A>; i += kLanes<A>) store_bytes(out + i, values);
+  for (; i < n; ++i) out[i] = value;
+}
+
 // Sum of term(0) .. term(count - 1), count > 0, which are asked for in that order: 16 in sequence, then pairwise.
 template <class Term>
 NORMEXT_INLINE auto sum_terms(std::int64_t count, Term term) {
   using X = decltype(term(0));
+  if (count == 1) return term(0);
   X level[40];  // level[i]: the sum of 16 << i terms, where bit i of `sums` is set
   std::int64_t sums = 0;
   for (std::int64_t i = 0; i < count; ++sums) {

@@ -1,5 +1,6 @@
-// Sums over a row, or over a segment of one, for one instruction set: of squares, or of deviations from a pivot and of their
-// squares, from one pass over the values, which a second follows only where the pivot was not near the mean.
+// Sums over a row, or over a segment of one, for one instruction set: of squares, or moments, from one pass over deviations from a
+// shift, the mean of a sample, which a second pass follows only where that was not near the mean (shifted data: Chan, Golub and
+// LeVeque, 1983).
 
 #pragma once
 
@@ -47,13 +48,12 @@ struct RowSource {
     const Vector<A> scale = Vector<A>{} + alpha;  // by 1 the fma is the plain sum
     return Packed<T>::pack({fma(r.a, scale, x.a), fma(r.b, scale, x.b)});
   }
-  // A unit of columns before it is stored.
-  template <class Extent>
-  NORMEXT_INLINE Pair<A> peek(std::int64_t column, Extent extent) const {
-    if constexpr (kResidual) return keep<T>(rounded_sum(column, extent).unpack(), extent);
-    else return load<T>(input + column, extent);
+  // A whole unit of columns before it is stored.
+  NORMEXT_INLINE Pair<A> peek(std::int64_t column) const {
+    if constexpr (kResidual) return rounded_sum(column, Whole{}).unpack();
+    else return load<T>(input + column, Whole{});
   }
-  // The same, and it is stored.
+  // A unit of columns, which is stored.
   template <class Extent>
   NORMEXT_INLINE Pair<A> take(std::int64_t column, Extent extent) const {
     if constexpr (kResidual) {
@@ -84,25 +84,29 @@ NORMEXT_INLINE Vector<Accumulate<T>> square_sum(const RowSource<T, kResidual>& r
   return sum[0];
 }
 
-// The pivot is the mean of all columns where they are few, else of some units, spread evenly. Those are a power of two, so that
-// equal values have it exactly. A sum with a residual is stored before where its mean is taken, and in 16 bits: rounding, storing
-// and deviations at once want more registers than AVX2 has [LayerNorm of a sum, bfloat16 4096x320 541 -> 501 us, 512x1024 132 ->
-// 123; in float32 3 % more].
-constexpr int kPivotUnits = 4;
+// A segment is shifted by the mean of all its columns where they are few, else of some units, spread evenly. Those are a power of
+// two, so that equal values have it exactly. The mean of s of n values is at most sqrt(n/s - 1) standard deviations off, so that
+// once more, from the mean that comes of it, is always enough.
+constexpr int kSampledUnits = 4;
 constexpr std::int64_t kLeastSampled = 256;
-NORMEXT_INLINE bool samples_pivot(std::int64_t cols) { return cols >= kLeastSampled; }
+constexpr int kSlack = 4;
+NORMEXT_INLINE bool samples_shift(std::int64_t cols) { return cols >= kLeastSampled; }
 template <class A>
-NORMEXT_INLINE A pivot_columns(std::int64_t cols) {
-  return static_cast<A>(samples_pivot(cols) ? kPivotUnits * kUnit<A> : cols);
+NORMEXT_INLINE A columns_of_shift(std::int64_t cols) {
+  return static_cast<A>(samples_shift(cols) ? kSampledUnits * kUnit<A> : cols);
 }
+// Whether it is shift_sum() that stores the sum with a residual: where it sees all columns, and in 16 bits, since rounding, storing
+// and deviations at once want more registers than AVX2 has [LayerNorm of a sum, Zen 3, bfloat16: 4096x320 541 -> 501 us, 512x1024
+// 132 -> 123; in float32 3 % more].
 template <class T>
-NORMEXT_INLINE bool stores_before(std::int64_t cols) {
-  return sizeof(T) == 2 || !samples_pivot(cols);
+NORMEXT_INLINE bool stores_with_shift(std::int64_t cols) {
+  return sizeof(T) == 2 || !samples_shift(cols);
 }
+// The lanes add up to the sum of the columns of which the shift is the mean.
 template <class T, bool kResidual>
-NORMEXT_INLINE Vector<Accumulate<T>> pivot_sum(const RowSource<T, kResidual>& row, std::int64_t begin, std::int64_t cols) {
+NORMEXT_INLINE Vector<Accumulate<T>> shift_sum(const RowSource<T, kResidual>& row, std::int64_t begin, std::int64_t cols) {
   using A = Accumulate<T>;
-  if (!samples_pivot(cols)) {
+  if (!samples_shift(cols)) {
     Vector<A> sum[1];
     sum_columns<A>(
         cols,
@@ -111,28 +115,33 @@ NORMEXT_INLINE Vector<Accumulate<T>> pivot_sum(const RowSource<T, kResidual>& ro
         sum);
     return sum[0];
   }
-  const auto sampled = [&](auto value) __attribute__((always_inline)) {
-    Pair<A> sum = value(0);
+  const auto sampled = [&](auto unit) __attribute__((always_inline)) {
+    Pair<A> sum = unit(begin);
 #pragma GCC unroll 8
-    for (int u = 1; u < kPivotUnits; ++u) sum = sum + value(u * (cols / kPivotUnits));
+    for (int u = 1; u < kSampledUnits; ++u) sum = sum + unit(begin + u * (cols / kSampledUnits));
     return sum.a + sum.b;
   };
   if constexpr (kResidual && sizeof(T) == 2) {
     for_units<A>(begin, begin + cols,
                  [&](std::int64_t column, auto extent) __attribute__((always_inline)) { row.take(column, extent); });
-    return sampled([&](std::int64_t column) { return load<T>(row.stored() + begin + column, Whole{}); });
+    return sampled([&](std::int64_t column) { return load<T>(row.stored() + column, Whole{}); });
   } else {
-    return sampled([&](std::int64_t column) { return row.peek(begin + column, Whole{}); });
+    return sampled([&](std::int64_t column) { return row.peek(column); });
   }
 }
+template <class T, bool kResidual>
+NORMEXT_INLINE Accumulate<T> segment_shift(const RowSource<T, kResidual>& row, std::int64_t begin, std::int64_t cols) {
+  using A = Accumulate<T>;
+  return sum_lanes<A>(shift_sum(row, begin, cols)) / columns_of_shift<A>(cols);
+}
 
-// Sums of the deviations from `pivot` and of their squares. Half of the deviations come by fma, with the bits of a subtraction,
+// Sums of the deviations from `shift` and of their squares. Half of the deviations come by fma, with the bits of a subtraction,
 // since processors that add and multiply in units of their own would wait for those that add [Zen 4, LayerNorm: 3 % less time].
 template <class T, bool kResidual, class Next>
-NORMEXT_INLINE void deviation_sums(const RowSource<T, kResidual>& row, std::int64_t begin, std::int64_t cols, Next next,
-                                   Accumulate<T> pivot, Vector<Accumulate<T>> (&sums_out)[2]) {
+NORMEXT_INLINE void shifted_sums(const RowSource<T, kResidual>& row, std::int64_t begin, std::int64_t cols, Next next,
+                                 Accumulate<T> shift, Vector<Accumulate<T>> (&sums_out)[2]) {
   using A = Accumulate<T>;
-  const Vector<A> one = Vector<A>{} + A(1), centre = Vector<A>{} + pivot;
+  const Vector<A> one = Vector<A>{} + A(1), centre = Vector<A>{} + shift;
   sum_columns<A>(
       cols,
       [&](std::int64_t column, auto extent, Sums<A, 2>& sums) __attribute__((always_inline)) {
@@ -145,88 +154,90 @@ NORMEXT_INLINE void deviation_sums(const RowSource<T, kResidual>& row, std::int6
       },
       sums_out);
 }
-
-// The same after pivot_sum().
+// The same after shift_sum().
 template <class T, bool kResidual, class Next>
-NORMEXT_INLINE void sums_around(const RowSource<T, kResidual>& row, std::int64_t begin, std::int64_t cols, Next next,
-                                Accumulate<T> pivot, Vector<Accumulate<T>> (&sums_out)[2]) {
-  if (kResidual && stores_before<T>(cols)) deviation_sums(RowSource<T, false>(row.stored()), begin, cols, next, pivot, sums_out);
-  else if constexpr (!kResidual || sizeof(T) != 2) deviation_sums(row, begin, cols, next, pivot, sums_out);
+NORMEXT_INLINE void sums_after_shift(const RowSource<T, kResidual>& row, std::int64_t begin, std::int64_t cols, Next next,
+                                     Accumulate<T> shift, Vector<Accumulate<T>> (&sums_out)[2]) {
+  if (kResidual && stores_with_shift<T>(cols)) shifted_sums(RowSource<T, false>(row.stored()), begin, cols, next, shift, sums_out);
+  else if constexpr (!kResidual || sizeof(T) != 2) shifted_sums(row, begin, cols, next, shift, sums_out);
 }
 
-// What moments() takes of a segment, but for n.
-template <class A>
-struct CentredSums {
-  A pivot, d, d2;
-};
-// Columns x, of which the pivot was not near the mean, again from the mean that it gave.
+// Moments of columns x from their mean.
 template <class T>
-__attribute__((noinline, cold)) CentredSums<Accumulate<T>> sums_from(const T* x, std::int64_t cols, Accumulate<T> mean) {
+__attribute__((noinline)) Moments<Accumulate<T>> moments_again(const T* x, std::int64_t cols, Accumulate<T> mean) {
   using A = Accumulate<T>;
   Vector<A> sums[2];
-  deviation_sums<T, false>(RowSource<T, false>(x), 0, cols, Ahead<T, 0>{}, mean, sums);
-  return {mean, sum_lanes<A>(sums[0]), sum_lanes<A>(sums[1])};
+  shifted_sums<T, false>(RowSource<T, false>(x), 0, cols, Ahead<T, 0>{}, mean, sums);
+  return moments(mean, sum_lanes<A>(sums[0]), sum_lanes<A>(sums[1]), static_cast<A>(cols));
 }
-// Whether the pivots of a vector of segments were near their means.
+// Moments of columns x: those found, or, if the shift was not near the mean, those from the mean that it gave.
+template <class T>
+NORMEXT_INLINE Moments<Accumulate<T>> checked(Moments<Accumulate<T>> found, const T* x, std::int64_t cols) {
+  if (!samples_shift(cols) || __builtin_expect(near_mean(found, static_cast<Accumulate<T>>(cols), kSlack), 1)) return found;
+  return moments_again<T>(x, cols, recentred(found));
+}
+// Whether a vector of moments came from shifts near their means.
 template <class A>
-NORMEXT_INLINE bool all_near(const Moments<Vector<A>>& found, Vector<A> n) {
+NORMEXT_INLINE bool all_near(const Moments<Vector<A>>& found, Vector<A> n, int slack) {
   const Vector<A> none = {};
-  return sum_lanes<A>(near_mean(found, n) ? none : none + A(1)) == 0;
-}
-template <class T>
-NORMEXT_INLINE CentredSums<Accumulate<T>> near_mean_sums(const T* x, std::int64_t cols, CentredSums<Accumulate<T>> sums) {
-  using A = Accumulate<T>;
-  const A n = static_cast<A>(cols);
-  const Moments<A> found = moments(sums.pivot, sums.d, sums.d2, n);
-  if (__builtin_expect(near_mean(found, n), 1)) return sums;
-  return sums_from<T>(x, cols, found.mean + found.correction);
+  return sum_lanes<A>(near_mean(found, n, slack) ? none : none + A(1)) == 0;
 }
 
+// Moments of a segment after shift_sum().
 template <class T, bool kResidual, class Next>
-NORMEXT_INLINE CentredSums<Accumulate<T>> segment_sums(const RowSource<T, kResidual>& row, std::int64_t begin, std::int64_t cols,
-                                                       Accumulate<T> pivot, Next next) {
+NORMEXT_INLINE Moments<Accumulate<T>> shifted_moments(const RowSource<T, kResidual>& row, std::int64_t begin, std::int64_t cols,
+                                                      Accumulate<T> shift, Next next) {
   using A = Accumulate<T>;
   Vector<A> sums[2];
-  sums_around(row, begin, cols, next, pivot, sums);
-  const CentredSums<A> found = {pivot, sum_lanes<A>(sums[0]), sum_lanes<A>(sums[1])};
-  return near_mean_sums<T>(row.stored() + begin, cols, found);
-}
-template <class T, bool kResidual>
-NORMEXT_INLINE Accumulate<T> segment_pivot(const RowSource<T, kResidual>& row, std::int64_t begin, std::int64_t cols) {
-  using A = Accumulate<T>;
-  return sum_lanes<A>(pivot_sum(row, begin, cols)) / pivot_columns<A>(cols);
+  sums_after_shift(row, begin, cols, next, shift, sums);
+  const Moments<A> found = moments(shift, sum_lanes<A>(sums[0]), sum_lanes<A>(sums[1]), static_cast<A>(cols));
+  return at_mean(checked<T>(found, row.stored() + begin, cols));
 }
 
-// The same of `count` rows: pivots, sums of deviations and of their squares. What comes after row r is fetched as next_of(r) says.
+// Moments of the rows of a batch.
+template <class A>
+struct BatchMoments {
+  alignas(NORMEXT_VECTOR_BYTES) A of[3][kMaxBatch] = {};
+
+  template <class V = A>
+  NORMEXT_INLINE Moments<V> read(int r) const {
+    return {load_bytes<V>(of[0] + r), load_bytes<V>(of[1] + r), load_bytes<V>(of[2] + r)};
+  }
+  template <class V>
+  NORMEXT_INLINE void write(int r, Moments<V> m) {
+    store_bytes(of[0] + r, m.mean);
+    store_bytes(of[1] + r, m.correction);
+    store_bytes(of[2] + r, m.m2);
+  }
+};
+// Moments of `count` rows of one segment, shift included, a step for all of them at a time. What comes after row r is fetched as
+// next_of(r) says.
 template <class T, class SourceOf, class NextOf>
-NORMEXT_INLINE void centred_sums(int count, std::int64_t cols, SourceOf source_of, NextOf next_of,
-                                 Accumulate<T> (&sums)[3][kMaxBatch]) {
+NORMEXT_INLINE void shifted_moments_of_rows(int count, std::int64_t cols, SourceOf source_of, NextOf next_of,
+                                            BatchMoments<Accumulate<T>>& rows) {
   using A = Accumulate<T>;
   using V = Vector<A>;
   V of_row[2][kMaxBatch];
-  for (int r = 0; r < count; ++r) of_row[0][r] = pivot_sum(source_of(r), 0, cols);
-  sum_lanes_of_rows(of_row[0], count, sums[0]);
-  const V in_pivot = V{} + pivot_columns<A>(cols);
-  for (int r = 0; r < count; r += kLanes<A>) store_bytes(sums[0] + r, load_bytes<V>(sums[0] + r) / in_pivot);
+  A(&shifts)[kMaxBatch] = rows.of[0];
+  for (int r = 0; r < count; ++r) of_row[0][r] = shift_sum(source_of(r), 0, cols);
+  sum_lanes_of_rows(of_row[0], count, shifts);
+  const V of_shift = V{} + columns_of_shift<A>(cols), n = V{} + static_cast<A>(cols);
+  for (int r = 0; r < count; r += kLanes<A>) store_bytes(shifts + r, load_bytes<V>(shifts + r) / of_shift);
   for (int r = 0; r < count; ++r) {
-    V deviations[2];
-    sums_around(source_of(r), 0, cols, next_of(r), sums[0][r], deviations);
-    of_row[0][r] = deviations[0];
-    of_row[1][r] = deviations[1];
+    V sums[2];
+    sums_after_shift(source_of(r), 0, cols, next_of(r), shifts[r], sums);
+    of_row[0][r] = sums[0];
+    of_row[1][r] = sums[1];
   }
-  sum_lanes_of_rows(of_row[0], count, sums[1]);
-  sum_lanes_of_rows(of_row[1], count, sums[2]);
-  if (!samples_pivot(cols)) return;
-  const V n = V{} + static_cast<A>(cols);
+  sum_lanes_of_rows(of_row[0], count, rows.of[1]);
+  sum_lanes_of_rows(of_row[1], count, rows.of[2]);
   for (int first = 0; first < count; first += kLanes<A>) {
-    const Moments<V> found =
-        moments(load_bytes<V>(sums[0] + first), load_bytes<V>(sums[1] + first), load_bytes<V>(sums[2] + first), n);
-    if (__builtin_expect(all_near<A>(found, n), 1)) continue;
+    const Moments<V> sums = rows.template read<V>(first), found = moments(sums.mean, sums.correction, sums.m2, n);
+    rows.write(first, at_mean(found));
+    if (!samples_shift(cols) || __builtin_expect(all_near<A>(found, n, kSlack), 1)) continue;
+    rows.write(first, found);
     for (int r = first; r < count && r < first + kLanes<A>; ++r) {
-      const CentredSums<A> again = near_mean_sums<T>(source_of(r).stored(), cols, {sums[0][r], sums[1][r], sums[2][r]});
-      sums[0][r] = again.pivot;
-      sums[1][r] = again.d;
-      sums[2][r] = again.d2;
+      rows.write(r, at_mean(checked<T>(rows.read(r), source_of(r).stored(), cols)));
     }
   }
 }

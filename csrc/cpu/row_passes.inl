@@ -77,8 +77,7 @@ NORMEXT_INLINE Moments<Accumulate<T>> segment_moments(const RowSource<T, kResidu
   using A = Accumulate<T>;
   const std::int64_t begin = segment * kSegment, n = segment_cols(segment, cols);
   if constexpr (Policy::kCentred) {
-    const CentredSums<A> sums = segment_sums(row, begin, n, segment_pivot(row, begin, n), Ahead<T, 0>{});
-    return at_mean(moments(sums.pivot, sums.d, sums.d2, static_cast<A>(n)));
+    return shifted_moments(row, begin, n, segment_shift(row, begin, n), Ahead<T, 0>{});
   } else {
     return {0, 0, sum_lanes<A>(square_sum(row, begin, n, Ahead<T, 0>{}))};
   }
@@ -100,19 +99,11 @@ NORMEXT_INLINE const T* next_row(const RowForwardArgs& args, std::int64_t first_
   return static_cast<const T*>(args.input) + args.input_layout.offset(first_row + (r < following ? count : 0) + r);
 }
 
-// Statistics of a row of one segment, or of a vector of such rows, from its mean, which is rounded, and the sums of deviations.
-template <class V>
-NORMEXT_INLINE CentredRow<V> finish_segment(V mean, V sum_d, V sum_d2, V n, V eps) {
-  const Moments<V> segment = moments(mean, sum_d, sum_d2, n);
-  const V merged = n * relative_mean(segment, mean) / n;
-  return finish_centred(mean, merged, centred_square(segment, n, mean, merged), n, eps);
-}
-
-// The same of a single row, and what RMSNorm keeps of one. On vectors, too: where there is no fma, scalars are rounded otherwise.
+// Statistics of a row of one segment. On vectors, as those of several rows: where there is no fma, scalars are rounded otherwise.
 template <class A>
-NORMEXT_INLINE CentredRow<A> finish_single(A mean, A sum_d, A sum_d2, A n, A eps) {
+NORMEXT_INLINE CentredRow<A> finish_single(Moments<A> found, A n, A eps) {
   using V = Vector<A>;
-  const CentredRow<V> row = finish_segment(V{} + mean, V{} + sum_d, V{} + sum_d2, V{} + n, V{} + eps);
+  const CentredRow<V> row = finish_centred(V{} + found.mean, V{} + found.correction, V{} + found.m2, V{} + n, V{} + eps);
   return {row.hi[0], row.lo[0], row.rstd[0]};
 }
 template <class Policy, class A>
@@ -133,11 +124,11 @@ __attribute__((noinline)) void batch_statistics(const RowForwardArgs& args, std:
     return ahead<kShares<kSource>>(next_row<T>(args, first_row, count, following, r), args.cols, 0);
   };
   if constexpr (Policy::kCentred) {
-    alignas(V) A sums[3][kMaxBatch] = {};
-    centred_sums<T>(count, args.cols, source_of, next_of, sums);
+    BatchMoments<A> rows;
+    shifted_moments_of_rows<T>(count, args.cols, source_of, next_of, rows);
     for (int r = 0; r < count; r += kLanes<A>) {
-      const CentredRow<V> row =
-          finish_segment(load_bytes<V>(sums[0] + r), load_bytes<V>(sums[1] + r), load_bytes<V>(sums[2] + r), n, eps);
+      const Moments<V> found = rows.template read<V>(r);
+      const CentredRow<V> row = finish_centred(found.mean, found.correction, found.m2, n, eps);
       store_bytes(batch.hi + r, row.hi);
       store_bytes(batch.lo + r, row.lo);
       store_bytes(batch.rstd + r, row.rstd);

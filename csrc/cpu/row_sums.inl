@@ -23,6 +23,11 @@ NORMEXT_INLINE std::int64_t segment_cols(std::int64_t segment, std::int64_t cols
   return smaller(kSegment, cols - segment * kSegment);
 }
 
+template <class A>
+NORMEXT_INLINE Pair<A> operator+(Pair<A> x, Pair<A> y) {
+  return {x.a + y.a, x.b + y.b};
+}
+
 // Sum over lanes by halves; every lane holds the result.
 template <int kXor, class V, int... I>
 NORMEXT_INLINE V add_across(V v, std::integer_sequence<int, I...> lanes) {

@@ -168,10 +168,6 @@ template <class A>
 struct Pair {
   Vector<A> a, b;
 };
-template <class A>
-NORMEXT_INLINE Pair<A> operator+(Pair<A> x, Pair<A> y) {
-  return {x.a + y.a, x.b + y.b};
-}
 
 // ---- packed units: what kUnit consecutive columns of T look like in memory. They are read and written a vector at a time: GCC 12
 // moves larger copies through the stack.

@@ -1,6 +1,6 @@
 // Statistics of a row, group or channel: moments of a segment, and the one merge of all segments.
 //
-//   segment:  m near sum(x)/n;  d = x - m;  c = sum(d)/n;  q = sum(d*d) - n*c*c
+//   segment:  m = sum(x)/n or near;  d = x - m;  c = sum(d)/n;  q = sum(d*d) - n*c*c
 //   merge:    pivot = m_0;  u_s = (m_s - pivot) + c_s;  U = sum(n_s*u_s)/N;  M2 = sum(q_s + n_s*(u_s - U)^2)
 //             mean = hi + lo with hi = fl(pivot + U), lo = U - (hi - pivot);  rstd = 1/sqrt(M2/N + eps)
 //
@@ -31,19 +31,24 @@ NORMEXT_INLINE Moments<A> moments(A mean, A sum_d, A sum_d2, A n) {
   return {mean, c, finite ? sum_d2 - square : sum_d2};
 }
 
-// Whether m was near enough to the mean, where that was only hoped for: q is finite, and n*c*c, with which its error grows, is at
-// most q. Else d is to be taken once more, from m + c.
+// m may be any number near the mean: c is what it misses. Where that was only hoped for: whether q is finite, and n*c*c, with which
+// the error of q grows, at most q/slack. Else d are to be taken once more, from recentred().
 template <class A>
-NORMEXT_INLINE auto near_mean(Moments<A> s, A n) {
-  const A slack = s.m2 - n * s.correction * s.correction;
-  return (slack >= A{}) & (slack - slack == A{});
+NORMEXT_INLINE auto near_mean(Moments<A> s, A n, int slack) {
+  const A left = s.m2 - static_cast<float>(slack) * (n * s.correction * s.correction);
+  return (left >= A{}) & (left - left == A{});
 }
-
-// The same with m where the mean is, for one who takes m of one segment as the pivot of all.
+// The mean; 0 if the sum of d overflowed, as it may where the sum of x does not.
+template <class A>
+NORMEXT_INLINE A recentred(Moments<A> s) {
+  const A mean = s.mean + s.correction;
+  return mean - mean == A{} ? mean : A{};
+}
+// The same moments with m = fl(mean): a merge subtracts one segment's m from those of all.
 template <class A>
 NORMEXT_INLINE Moments<A> at_mean(Moments<A> s) {
-  const A mean = s.mean + s.correction;
-  return {mean, s.correction - (mean - s.mean), s.m2};
+  const A mean = s.mean + s.correction, of_correction = mean - s.mean;
+  return {mean, (s.mean - (mean - of_correction)) + (s.correction - of_correction), s.m2};
 }
 
 // u_s: where the segment's mean lies relative to the pivot.
