@@ -96,7 +96,7 @@ MUTANTS = (
     Mutant(
         "a shift that misses the mean is kept",
         CPU_MOMENTS,
-        "__builtin_expect(near_mean(found, static_cast<Accumulate<T>>(cols), kSlack), 1)",
+        "__builtin_expect(near_mean(found, static_cast<Accumulate<T>>(cols), kRowSlack), 1)",
         "true",
         "avx2",
         ACCURACY,
@@ -104,8 +104,8 @@ MUTANTS = (
     Mutant(
         "a shift may miss the mean by a deviation",
         CPU_MOMENTS,
-        "constexpr int kSlack = 4;",
-        "constexpr int kSlack = 1;",
+        "constexpr int kRowSlack = 4;",
+        "constexpr int kRowSlack = 1;",
         "avx2",
         ACCURACY,
     ),

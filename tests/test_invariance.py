@@ -75,6 +75,8 @@ def test_rows_from_memory_are_those_from_cache(op, dtype, cols, data, backend):
     for start in range(0, len(t.x), 50):
         index = slice(start, start + 50)
         assert_same(case.call(rows_of(t, index)), expected, index)
+    if case.fused:
+        assert expected[0].equal(case.unfused.call(replace(t, x=expected[1], residual=None))[0])
 
 
 PAST_THE_CACHES = """
@@ -125,7 +127,9 @@ def test_permuted_rows_give_permuted_results(op, cols, dtype, backend):
     assert_same(results(case, rows_of(t, order)), results(case, t), order)
 
 
-@pytest.mark.parametrize("case", **cases.ids([cases.Case(op, rows=700, cols=c, dtype=d) for op in cases.OPS for c, d in SHAPES]))
+@pytest.mark.parametrize(
+    "case", **cases.ids([cases.Case(op, rows=700, cols=c, dtype=d, data="mixed") for op in cases.OPS for c, d in SHAPES])
+)
 def test_repeated_runs_and_thread_counts(case, backend):
     """Parameter gradients included: bitwise the same in every run and with 1, 2, 3 and 8 threads."""
     t = cases.make(case, backend)

@@ -125,7 +125,8 @@ __attribute__((noinline)) void run_deviations_again(const T* x, std::int64_t row
 // by that of all. Where this was not near the mean of one channel, its unit of channels is read once more.
 constexpr int kSampledRows = 16;
 constexpr std::int64_t kLeastSampledRows = 48;
-constexpr int kRunSlack = 2;  // [of 128 rows of random numbers 16 miss it in one of 400 channels, 4 in one of 20]
+constexpr int kRunSlack = 2;  // [128 rows of random numbers miss it in one of 400 channels, 4 in one of 30]
+static_assert(kSampledRows % kRowsAtOnce == 0 && kSampledRows <= kLeastSampledRows);
 template <class T>
 __attribute__((noinline)) void run_moments(const T* x, std::int64_t rows, std::int64_t channels, Columns columns,
                                            Accumulate<T>* mean, Accumulate<T>* correction, Accumulate<T>* m2) {
@@ -139,10 +140,10 @@ __attribute__((noinline)) void run_moments(const T* x, std::int64_t rows, std::i
 #pragma GCC unroll 8
     for (int r = 0; r < count; ++r) p[r] = x + row_of(row + r) * channels;
     for_units<A>(columns.begin, columns.end, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
-      Pair<A> sum = load<T>(p[0] + c, extent);
+      Pair<A> sum[2] = {};  // of four equal values, in sequence, they are exact
 #pragma GCC unroll 8
-      for (int r = 1; r < count; ++r) sum = sum + load<T>(p[r] + c, extent);
-      accumulate(mean + c, sum, row > 0);
+      for (int r = 0; r < count; ++r) sum[r % 2] = sum[r % 2] + load<T>(p[r] + c, extent);
+      accumulate(mean + c, sum[0] + sum[1], row > 0);
     });
   });
   const V n = V{} + static_cast<A>(rows), n_shift = V{} + static_cast<A>(of_shift);

@@ -25,7 +25,7 @@ constexpr std::int64_t kAlignment = 64;  // of the workspace: a cache line
 // Zen 4, 64 and 256 KB: BatchNorm float32 8x512x28x28 681 -> 610 us, 32x256x14x14 345 -> 306, bfloat16 8x2048x7x7 162 -> 127; with
 // gradients up to a tenth less]
 constexpr std::int64_t kRunBytes = 256 * 1024;
-constexpr std::int64_t kLeastRun = 64;
+constexpr std::int64_t kLeastRun = 64;  // whatever fits, or equal pieces of less
 constexpr std::int64_t kMostRun = 128;
 constexpr std::int64_t kRunsOfImage = 8;
 constexpr std::int64_t kRowGroup = 8;

@@ -2,7 +2,7 @@
 //
 // Statistics see lines: contiguous values of one slab. A group is one line; a channel of a batch norm has one in each image, or all
 // its values count as one where planes are short (channel_short.inl). Lines are cut into segments; short lines are taken several at
-// a time, as rows are in row_passes.inl. The output sees planes, each with its own scalars, and may be cut anywhere.
+// a time, as rows are in row_moments.inl. The output sees planes, each with its own scalars, and may be cut anywhere.
 // plan.partial: moments [3, images * pieces, padded columns], a column for each slab.
 #pragma once
 

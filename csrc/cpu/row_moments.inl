@@ -1,6 +1,6 @@
-// Sums over a row, or over a segment of one, for one instruction set: of squares, or moments, from one pass over deviations from a
-// shift, the mean of a sample, which a second pass follows only where that was not near the mean (shifted data: Chan, Golub and
-// LeVeque, 1983).
+// Sums over a row, or over a segment of one, for one instruction set: of squares, or moments, from a pass over deviations from a
+// shift: the mean of all columns where they are few, else of a sample, and then a second pass follows only where that was not near
+// the mean (shifted data: Chan, Golub and LeVeque, 1983).
 
 #pragma once
 
@@ -87,9 +87,10 @@ NORMEXT_INLINE Vector<Accumulate<T>> square_sum(const RowSource<T, kResidual>& r
 // A segment is shifted by the mean of all its columns where they are few, else of some units, spread evenly. Those are a power of
 // two, so that equal values have it exactly. The mean of s of n values is at most sqrt(n/s - 1) standard deviations off, so that
 // once more, from the mean that comes of it, is always enough.
-constexpr int kSampledUnits = 4;
+constexpr int kSampledUnits = NORMEXT_VECTOR_BYTES < 32 ? 8 : 4;  // of float 64 columns, 128 where vectors have 64 bytes
 constexpr std::int64_t kLeastSampled = 256;
-constexpr int kSlack = 4;
+constexpr int kRowSlack = 4;
+static_assert(kSampledUnits <= 8 && kLeastSampled / kSampledUnits >= kUnit<float>);
 NORMEXT_INLINE bool samples_shift(std::int64_t cols) { return cols >= kLeastSampled; }
 template <class A>
 NORMEXT_INLINE A columns_of_shift(std::int64_t cols) {
@@ -116,10 +117,10 @@ NORMEXT_INLINE Vector<Accumulate<T>> shift_sum(const RowSource<T, kResidual>& ro
     return sum[0];
   }
   const auto sampled = [&](auto unit) __attribute__((always_inline)) {
-    Pair<A> sum = unit(begin);
+    Pair<A> sum[2] = {unit(begin), unit(begin + cols / kSampledUnits)};  // of up to four equal values, in sequence, they are exact
 #pragma GCC unroll 8
-    for (int u = 1; u < kSampledUnits; ++u) sum = sum + unit(begin + u * (cols / kSampledUnits));
-    return sum.a + sum.b;
+    for (int u = 2; u < kSampledUnits; ++u) sum[u % 2] = sum[u % 2] + unit(begin + u * (cols / kSampledUnits));
+    return (sum[0].a + sum[1].a) + (sum[0].b + sum[1].b);
   };
   if constexpr (kResidual && sizeof(T) == 2) {
     for_units<A>(begin, begin + cols,
@@ -173,7 +174,7 @@ __attribute__((noinline)) Moments<Accumulate<T>> moments_again(const T* x, std::
 // Moments of columns x: those found, or, if the shift was not near the mean, those from the mean that it gave.
 template <class T>
 NORMEXT_INLINE Moments<Accumulate<T>> checked(Moments<Accumulate<T>> found, const T* x, std::int64_t cols) {
-  if (!samples_shift(cols) || __builtin_expect(near_mean(found, static_cast<Accumulate<T>>(cols), kSlack), 1)) return found;
+  if (!samples_shift(cols) || __builtin_expect(near_mean(found, static_cast<Accumulate<T>>(cols), kRowSlack), 1)) return found;
   return moments_again<T>(x, cols, recentred(found));
 }
 // Whether a vector of moments came from shifts near their means.
@@ -234,7 +235,7 @@ NORMEXT_INLINE void shifted_moments_of_rows(int count, std::int64_t cols, Source
   for (int first = 0; first < count; first += kLanes<A>) {
     const Moments<V> sums = rows.template read<V>(first), found = moments(sums.mean, sums.correction, sums.m2, n);
     rows.write(first, at_mean(found));
-    if (!samples_shift(cols) || __builtin_expect(all_near<A>(found, n, kSlack), 1)) continue;
+    if (!samples_shift(cols) || __builtin_expect(all_near<A>(found, n, kRowSlack), 1)) continue;
     rows.write(first, found);
     for (int r = first; r < count && r < first + kLanes<A>; ++r) {
       rows.write(r, at_mean(checked<T>(rows.read(r), source_of(r).stored(), cols)));
