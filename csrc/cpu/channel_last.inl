@@ -4,9 +4,9 @@
 // some of its rows twice, row by row as it lies in memory (down a column of channels, rows a power of two apart would share a few
 // sets of L1), and eight rows at a time so that the accumulators, which are in L1, cost little. Batch norm is one image with groups
 // of one channel. The output takes a few rows at a time, for which the channels' scalars are loaded once. It is written in the
-// input's layout or, for instance norm, as planes. plan.partial: moments [3, batch * pieces, padded]; plan.rows: [batch, 3,
-// padded], hi, lo and rstd of each channel; plan.params: [2, padded], weight and bias. rows and params are in the order of T
-// (vector.h); where threads share one image each has its own.
+// input's layout or, for instance norm, as planes.
+// plan.partial: moments [3, batch * pieces, padded]; plan.rows: [batch, 3, padded], hi, lo and rstd of each channel; plan.params:
+// [2, padded], weight and bias. rows and params are in the order of T (vector.h); where threads share one image each has its own.
 #pragma once
 
 #include "cpu/channel_scalars.inl"
@@ -90,7 +90,7 @@ NORMEXT_INLINE void accumulate(A* out, Pair<A> x, bool add) {
   Packed<A>::pack(add ? Packed<A>::read(out).unpack() + x : x).write(out);
 }
 // Sums of the deviations of `rows` rows from `shift`, and of their squares. The next run is fetched meanwhile: this one is in the
-// caches, and memory would be idle [from memory up to 20 % less time for a forward and more for a
+// caches, but for a thread's first, and memory would be idle [from memory up to 20 % less time for a forward and more for a
 // backward; where all is in L2 anyway, up to 3 % more].
 template <class T>
 NORMEXT_INLINE void run_deviations(const T* x, std::int64_t rows, std::int64_t channels, Columns columns,
