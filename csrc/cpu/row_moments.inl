@@ -96,13 +96,11 @@ template <class A>
 NORMEXT_INLINE A columns_of_shift(std::int64_t cols) {
   return static_cast<A>(samples_shift(cols) ? kSampledUnits * kUnit<A> : cols);
 }
-// Whether it is shift_sum() that stores the sum with a residual: where it sees all columns, and in 16 bits, since rounding, storing
-// and deviations at once want more registers than AVX2 has [LayerNorm of a sum, Zen 3, bfloat16: 4096x320 541 -> 501 us, 512x1024
-// 132 -> 123; in float32 3 % more].
-template <class T>
-NORMEXT_INLINE bool stores_with_shift(std::int64_t cols) {
-  return sizeof(T) == 2 || !samples_shift(cols);
-}
+// The sum with a residual is stored by shift_sum() where that sees all columns, and in 16 bits, since rounding, storing and
+// deviations at once want more registers than AVX2 has [LayerNorm of a sum, Zen 3, bfloat16: 4096x320 541 -> 501 us, 512x1024 132
+// -> 123; in float32 3 % more]; else with the deviations.
+template <class T, bool kResidual>
+constexpr bool kStoredFirst = kResidual && sizeof(T) == 2;
 // The lanes add up to the sum of the columns of which the shift is the mean.
 template <class T, bool kResidual>
 NORMEXT_INLINE Vector<Accumulate<T>> shift_sum(const RowSource<T, kResidual>& row, std::int64_t begin, std::int64_t cols) {
@@ -122,7 +120,7 @@ NORMEXT_INLINE Vector<Accumulate<T>> shift_sum(const RowSource<T, kResidual>& ro
     for (int u = 2; u < kSampledUnits; ++u) sum[u % 2] = sum[u % 2] + unit(begin + u * (cols / kSampledUnits));
     return (sum[0].a + sum[1].a) + (sum[0].b + sum[1].b);
   };
-  if constexpr (kResidual && sizeof(T) == 2) {
+  if constexpr (kStoredFirst<T, kResidual>) {
     for_units<A>(begin, begin + cols,
                  [&](std::int64_t column, auto extent) __attribute__((always_inline)) { row.take(column, extent); });
     return sampled([&](std::int64_t column) { return load<T>(row.stored() + column, Whole{}); });
@@ -159,8 +157,10 @@ NORMEXT_INLINE void shifted_sums(const RowSource<T, kResidual>& row, std::int64_
 template <class T, bool kResidual, class Next>
 NORMEXT_INLINE void sums_after_shift(const RowSource<T, kResidual>& row, std::int64_t begin, std::int64_t cols, Next next,
                                      Accumulate<T> shift, Vector<Accumulate<T>> (&sums_out)[2]) {
-  if (kResidual && stores_with_shift<T>(cols)) shifted_sums(RowSource<T, false>(row.stored()), begin, cols, next, shift, sums_out);
-  else if constexpr (!kResidual || sizeof(T) != 2) shifted_sums(row, begin, cols, next, shift, sums_out);
+  constexpr bool kFirst = kStoredFirst<T, kResidual>;
+  const bool is_stored = kResidual && (kFirst || !samples_shift(cols));
+  if (is_stored) shifted_sums(RowSource<T, false>(row.stored()), begin, cols, next, shift, sums_out);
+  else if constexpr (!kFirst) shifted_sums(row, begin, cols, next, shift, sums_out);
 }
 
 // Moments of columns x from their mean.
@@ -233,13 +233,16 @@ NORMEXT_INLINE void shifted_moments_of_rows(int count, std::int64_t cols, Source
   sum_lanes_of_rows(of_row[0], count, rows.of[1]);
   sum_lanes_of_rows(of_row[1], count, rows.of[2]);
   for (int first = 0; first < count; first += kLanes<A>) {
-    const Moments<V> sums = rows.template read<V>(first), found = moments(sums.mean, sums.correction, sums.m2, n);
-    rows.write(first, at_mean(found));
-    if (!samples_shift(cols) || __builtin_expect(all_near<A>(found, n, kRowSlack), 1)) continue;
-    rows.write(first, found);
-    for (int r = first; r < count && r < first + kLanes<A>; ++r) {
-      rows.write(r, at_mean(checked<T>(rows.read(r), source_of(r).stored(), cols)));
+    const Moments<V> sums = rows.template read<V>(first);
+    Moments<V> found = moments(sums.mean, sums.correction, sums.m2, n);
+    if (samples_shift(cols) && __builtin_expect(!all_near<A>(found, n, kRowSlack), 0)) {
+      rows.write(first, found);
+      for (int r = first; r < count && r < first + kLanes<A>; ++r) {
+        rows.write(r, checked<T>(rows.read(r), source_of(r).stored(), cols));
+      }
+      found = rows.template read<V>(first);
     }
+    rows.write(first, at_mean(found));
   }
 }
 
