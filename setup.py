@@ -29,6 +29,7 @@ from setuptools.command.dist_info import dist_info
 ROOT = Path(__file__).resolve().parent
 TORCH_OLDEST = (2, 10)
 NVCC_OLDEST = (12, 8)  # the first that knows sm_100, sm_120 and --compress-mode
+ARCH_OLDEST = 80
 GIB_PER_JOB = 3  # what one compiler may need
 
 NO_TORCH = """\
@@ -96,12 +97,18 @@ def find_nvcc():
 
 
 def cuda_archs():
+    """Empty: those of CMakeLists.txt. Torch's list may have GPUs that we do not serve; ours may not."""
     own, torchs = os.environ.get("NORMEXT_CUDA_ARCHS"), os.environ.get("TORCH_CUDA_ARCH_LIST")
     if own:
-        return sorted(re.findall(r"\d+[af]?", own), key=lambda arch: int(arch.rstrip("af")))
-    if torchs:
-        return sorted({major + minor for major, minor in re.findall(r"(\d+)\.(\d)", torchs)}, key=int)
-    return []
+        archs = sorted(re.findall(r"\d+[af]?", own), key=lambda arch: int(arch.rstrip("af")))
+        if archs and int(archs[0].rstrip("af")) < ARCH_OLDEST:
+            stop(f"NORMEXT_CUDA_ARCHS={own}: normext needs sm_{ARCH_OLDEST} or newer.")
+        return archs
+    listed = sorted({major + minor for major, minor in re.findall(r"(\d+)\.(\d)", torchs or "")}, key=int)
+    archs = [arch for arch in listed if int(arch) >= ARCH_OLDEST]
+    if archs != listed:
+        print(f"normext: TORCH_CUDA_ARCH_LIST={torchs}: only sm_{ARCH_OLDEST} and newer are served", flush=True)
+    return archs
 
 
 def cuda_options(jobs):

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.fx import Proxy
+from torch import Tensor
 
 from normext import _library
 
@@ -18,14 +17,6 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 # As numbered in csrc/core/types.h.
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "leaky_relu": 4}
 _FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (lambda z: z, F.relu, F.silu, F.gelu, F.leaky_relu)
-
-
-def traced_leaf(module: nn.Module, input: Any) -> Any:
-    """For symbolic tracing, in which torch's own modules are leaves: the call of the module, or None outside of it."""
-    if not isinstance(input, Proxy):
-        return None
-    tracer: Any = input.tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})
 
 
 class _Contiguous(torch.autograd.Function):
@@ -44,7 +35,7 @@ _contiguous_with_grad = _library.direct_apply(_Contiguous)
 
 def contiguous(input: Tensor) -> Tensor:
     """input.contiguous(), which takes torch several times as long where a CPU tensor of many channels is channels-last."""
-    if _library.special() or input.layout != torch.strided or not input.is_cpu or input.is_contiguous():
+    if _library.compiling_or_transformed() or input.layout != torch.strided or not input.is_cpu or input.is_contiguous():
         return input.contiguous()
     try:
         result: Tensor = (_contiguous_with_grad if _library.any_requires_grad(input) else _contiguous)(input)
@@ -58,6 +49,13 @@ def activation_code(op: str, activation: str | None) -> int:
         return ACTIVATIONS[activation]
     except (KeyError, TypeError):
         raise ValueError(f"{op}: expected activation None, 'relu', 'silu', 'gelu' or 'leaky_relu', got {activation!r}") from None
+
+
+def number(op: str, name: str, value: Any) -> float:
+    """What torch takes for a number, as one: a numpy scalar or a tensor of one value, too."""
+    if isinstance(value, str | bytes) or not hasattr(value, "__float__") or getattr(value, "ndim", 0) != 0:
+        raise TypeError(f"{op}: expected {name} to be a number, got {value!r}")
+    return float(value)
 
 
 def activate(activation: int, z: Tensor) -> Tensor:

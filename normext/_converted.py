@@ -62,7 +62,7 @@ def _forward(recipe: Recipe) -> Callable[[Any, Tensor], Tensor]:
         return rms_norm(input, shape, w, e, weight_offset=offset, rounding=rounding)
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        if autocast or not input.is_cuda or not torch.is_autocast_enabled("cuda"):
+        if autocast or not torch.is_autocast_enabled("cuda") or not input.is_cuda:
             return call(self, input)
         with torch.autocast("cuda", enabled=False):
             return call(self, input)

@@ -75,9 +75,19 @@ def transformed() -> bool:
     return _functorch_active() or forward_ad._current_level >= 0
 
 
-def special() -> bool:
+def compiling_or_transformed() -> bool:
     """transformed() or is_compiling(), as cheaply as can be asked [0.1 us]: every call of a norm asks."""
     return is_dynamo_compiling() or _compiler._is_compiling_flag or _functorch_active() or forward_ad._current_level >= 0
+
+
+def traced_leaf(module: torch.nn.Module, input: Any) -> Tensor | None:
+    """For symbolic tracing, which gives forward a Proxy and in which torch's own modules are leaves: the call of the module; None
+    where the module is what is traced."""
+    tracer = input.tracer
+    if getattr(tracer, "root", None) is module:
+        return None
+    call: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})
+    return call
 
 
 def surely(condition: Any) -> bool:
@@ -124,7 +134,7 @@ def accepts_dtypes(input: Tensor, *parameters: Tensor | None) -> bool:
 
 
 def accepts_shapes(input: Tensor, normalized_shape: Sequence[int], *parameters: Tensor | None) -> bool:
-    if not isinstance(normalized_shape, Sequence) or any(isinstance(size, float) for size in normalized_shape):
+    if not isinstance(normalized_shape, list | tuple) or any(isinstance(size, float) for size in normalized_shape):
         return False  # (3.0,) equals (3,), and torch refuses it
     shape = tuple(normalized_shape)
     return (
@@ -142,7 +152,7 @@ def accepts(input: Tensor, normalized_shape: Sequence[int], *parameters: Tensor 
 def normalized_ndim(input: Tensor, normalized_shape: Sequence[int]) -> int:
     """What the ops take in place of normalized_shape, where no weight of that shape tells it."""
     shape = tuple(normalized_shape)
-    if any(isinstance(size, float) for size in shape):
+    if not isinstance(normalized_shape, list | tuple) or any(isinstance(size, float) for size in shape):
         raise TypeError(f"expected a tuple of ints, got {shape}")
     if not shape or input.shape[-len(shape) :] != shape:
         raise RuntimeError(f"expected input of shape [*, {str(list(shape))[1:-1]}], got {list(input.shape)}")
@@ -152,7 +162,7 @@ def normalized_ndim(input: Tensor, normalized_shape: Sequence[int]) -> int:
 def check_residual(op: str, input: Tensor, residual: Tensor) -> None:
     if not isinstance(input, Tensor) or not isinstance(residual, Tensor):
         raise TypeError(f"{op}: expected tensors, got {type(input).__name__} and {type(residual).__name__}")
-    for name in ("shape", "dtype", "device", "layout"):
+    for name in ("dtype", "device", "layout") if input.is_nested else ("shape", "dtype", "device", "layout"):
         expected, got = getattr(input, name), getattr(residual, name)
         if expected != got:
             texts = (str(list(value)) if name == "shape" else str(value) for value in (expected, got))
@@ -165,11 +175,13 @@ REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, Me
 
 
 def only_torch_knows(error: Exception, *tensors: Any) -> bool:
-    """An op met a tensor subclass or a nested tensor that has rules for torch's ops alone, a DTensor for one: torch's norms serve
-    it."""
-    return isinstance(error, NotImplementedError) and any(
-        isinstance(tensor, Tensor) and (tensor.is_nested or type(tensor) not in (Tensor, torch.nn.Parameter)) for tensor in tensors
-    )
+    """An op met a tensor subclass, or a nested or MKL-DNN tensor, that has rules for torch's ops alone, a DTensor for one: torch's
+    norms serve it."""
+    given = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    if any(tensor.is_nested for tensor in given):
+        return True  # its shape cannot even be asked for
+    others = (tensor for tensor in given if tensor.is_mkldnn or type(tensor) not in (Tensor, torch.nn.Parameter))
+    return isinstance(error, NotImplementedError) and next(others, None) is not None
 
 
 def torchs_error(error: Exception, function: Callable[..., Any], *args: Any) -> Exception:
@@ -193,7 +205,10 @@ def what_torch_raises(function: Callable[..., Any], *args: Any) -> Exception | N
 
 
 def out_of_memory(input: Tensor) -> Exception:
-    """A failed allocation in torch's class for the device."""
+    """What torch raises where it cannot allocate as much, or where a kernel of someone else has failed before."""
+    theirs = what_torch_raises(torch.empty_like, input)
+    if theirs is not None:
+        return theirs
     text = f"normext: no memory for a result of shape {list(input.shape)} on {input.device}"
     return torch.OutOfMemoryError(text) if input.is_cuda else RuntimeError(text)
 

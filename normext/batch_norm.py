@@ -6,11 +6,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normext import _channel, _library
 from normext._channel import update_running, update_running_reference, update_running_transformed
-from normext._library import Op, is_dynamo_compiling, is_grad_enabled, special
+from normext._library import Op, compiling_or_transformed, is_dynamo_compiling, is_grad_enabled
 
 _lean = Op.named("batch_norm").direct
 _inference = Op.named("batch_norm_inference")
@@ -165,7 +166,7 @@ class _BatchNorm(torch.autograd.Function):
         needs = needs_input | kernel_residual << 1 | needs_weight << 2 | needs_bias << 3
         found: Any = (None,) * 4
         if needs:
-            if is_grad_enabled() or special():
+            if is_grad_enabled() or compiling_or_transformed():
                 fixed = (None, None) if training else (stats[0], stats[2])
                 found = _library.gradients(
                     _backward,
@@ -276,11 +277,13 @@ def tracked_batch_norm(
     code = _channel.activation_code("batch_norm", activation) if activation is not None else 0
     if residual is not None:
         _library.check_residual("batch_norm", input, residual)
-    if special():
+    if compiling_or_transformed():
         return _special(
             input, running_mean, running_var, weight, bias, training, momentum, eps, residual, code, num_batches_tracked
         )
     try:
+        if type(momentum) is not float:
+            momentum = _channel.number("batch_norm", "momentum", momentum)
         _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
         result: Tensor
         if is_grad_enabled() and _library.any_requires_grad(input, residual, weight, bias):
@@ -318,8 +321,6 @@ def _check(
     eps: float,
 ) -> None:
     """What torch refuses and the ops do not look at, before anything is written."""
-    if not isinstance(momentum, float | int):
-        raise TypeError(f"batch_norm: expected momentum to be a number, got {momentum!r}")
     if training is not True and training is not False:
         raise TypeError(f"batch_norm: expected training to be a bool, got {training!r}")
     if _library.any_requires_grad(running_mean, running_var):
@@ -401,9 +402,8 @@ class _TrackedForward(nn.Module):
     _dims: tuple[int, ...]
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        result: Tensor | None = _channel.traced_leaf(self, input)
-        if result is not None:
-            return result
+        if isinstance(input, Proxy) and (leaf := _library.traced_leaf(self, input)) is not None:
+            return leaf
         if input.dim() not in self._dims:
             refused: Tensor = super().forward(input)  # raises, in torch's words
             return refused

@@ -97,9 +97,10 @@ def convert(model: nn.Module, example: Any = None) -> Report:
     RMSNorm, BatchNorm1d/2d/3d, SyncBatchNorm, GroupNorm or InstanceNorm1d/2d/3d of `torch.nn`, and modules of other
     classes with "norm" in their name, as in Hugging Face `transformers`, that are found to compute `rms_norm` (with some
     rounding and weight_offset) or `layer_norm`: the same dtype and bits as the plain torch formula in float32, bfloat16,
-    float16 and the mixes of float32 and bfloat16, at three scales. Their new class is a subclass of their own, so
-    isinstance, pickle and deepcopy go on to work. In float64 ours computes in float64, where such classes often compute
-    in float32.
+    float16 and the mixes of float32 and bfloat16, at three scales and with NaN. Their new class is a subclass of their own,
+    so isinstance, pickle and deepcopy go on to work. What such a module reads of its attributes is taken as it is now: later
+    changes have no effect but in weight, bias and epsilon. In float64 ours computes in float64, where such classes often
+    compute in float32.
 
     Refused, with a reason in the report: subclasses of the torch classes, parametrised and scripted modules, modules
     whose forward was replaced on the instance by anything but accelerate's hooks, and norms that compute something

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normext import _channel, _library
-from normext._library import Op, is_dynamo_compiling, is_grad_enabled, special
+from normext._library import Op, compiling_or_transformed, is_dynamo_compiling, is_grad_enabled
 
 _lean = Op.named("group_norm").direct
 _inference = Op.named("group_norm_inference")
@@ -107,7 +108,7 @@ class _GroupNorm(torch.autograd.Function):
         saved = ctx.saved_tensors
         x, stats, weight, bias = saved if len(saved) == 4 else (*saved, None)
         needs = needs_input | needs_weight << 1 | needs_bias << 2
-        if is_grad_enabled() or special():
+        if is_grad_enabled() or compiling_or_transformed():
             found: Any = _library.gradients(
                 _backward,
                 reference,
@@ -177,7 +178,7 @@ def group_norm(
         )
         return result
     code = _channel.activation_code("group_norm", activation) if activation is not None else 0
-    if special():
+    if compiling_or_transformed():
         return _special(input, num_groups, weight, bias, eps, code)
     try:
         if input.is_cuda and _library.autocast_active(input):
@@ -246,4 +247,6 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and (leaf := _library.traced_leaf(self, input)) is not None:
+            return leaf
         return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)

@@ -4,11 +4,12 @@ from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normext import _channel, _library
 from normext._channel import update_running, update_running_reference, update_running_transformed
-from normext._library import Op, special
+from normext._library import Op, compiling_or_transformed
 from normext.batch_norm import tracked_batch_norm
 from normext.group_norm import apply, compiled, reference
 
@@ -85,7 +86,7 @@ def instance_norm(
     if refused:  # torch's answer, or its exception
         y = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
         return _channel.activate(code, y)
-    graph = special()
+    graph = compiling_or_transformed()
     if (
         use_input_stats
         and not _library.any_requires_grad(input, weight, bias)
@@ -186,9 +187,8 @@ class _InstanceForward(nn.Module):
     _dims: int
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        result: Tensor | None = _channel.traced_leaf(self, input)
-        if result is not None:
-            return result
+        if isinstance(input, Proxy) and (leaf := _library.traced_leaf(self, input)) is not None:
+            return leaf
         batched = input.dim() == self._dims
         if not (batched or input.dim() == self._dims - 1) or input.shape[1 if batched else 0] != self.num_features:
             theirs: Tensor = super().forward(input)  # raises or warns, in torch's words

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normext import _library
-from normext._library import Op, is_dynamo_compiling, is_grad_enabled, special
+from normext._library import Op, compiling_or_transformed, is_dynamo_compiling, is_grad_enabled
 
 _lean = Op.named("layer_norm").direct
 _inference = Op.named("layer_norm_inference")
@@ -114,7 +115,7 @@ class _LayerNorm(torch.autograd.Function):
             saved = ctx.saved_tensors
             x, stats, weight, bias = saved if len(saved) == 4 else (*saved, None)
             needs = (needs_input or needs_residual) | needs_weight << 1 | needs_bias << 2
-            if is_grad_enabled() or special():
+            if is_grad_enabled() or compiling_or_transformed():
                 found = _library.gradients(
                     _backward, reference, needs, (grad_output, grad_summed), stats, (x, weight, bias), (ndim,), (ndim, eps)
                 )
@@ -176,7 +177,7 @@ def layer_norm(
             layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
         )
         return result
-    if special():
+    if compiling_or_transformed():
         return _layer_norm_special(input, normalized_shape, weight, bias, eps)
     try:
         if input.is_cuda and _library.autocast_active(input):
@@ -278,7 +279,7 @@ def add_layer_norm(
             alpha=alpha,
         )
         return result
-    if special() or _library.autocast_active(input):
+    if compiling_or_transformed() or _library.autocast_active(input):
         _library.check_residual("add_layer_norm", input, residual)
         fused = _library.is_compiling() and not (_library.transformed() or _library.autocast_active(input))
         if fused and _library.accepts(input, normalized_shape, weight, bias):
@@ -326,4 +327,6 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and (leaf := _library.traced_leaf(self, input)) is not None:
+            return leaf
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)

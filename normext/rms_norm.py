@@ -6,10 +6,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normext import _library
-from normext._library import Op, is_dynamo_compiling, is_grad_enabled, special
+from normext._library import Op, compiling_or_transformed, is_dynamo_compiling, is_grad_enabled
 
 _lean = Op.named("rms_norm").direct
 _inference = Op.named("rms_norm_inference")
@@ -120,7 +121,7 @@ class _RMSNorm(torch.autograd.Function):
             x, stats, weight = ctx.saved_tensors
             ndim, _, weight_offset, rounding = ctx.arguments
             needs = (needs_input or needs_residual) | needs_weight << 1
-            if is_grad_enabled() or special():
+            if is_grad_enabled() or compiling_or_transformed():
                 found = _library.gradients(
                     _backward,
                     reference,
@@ -197,7 +198,7 @@ def rms_norm(
         arguments = input, normalized_shape, weight, eps
         result: Tensor = handle_torch_function(rms_norm, (input, weight), *arguments, **ours)
         return result
-    if special():
+    if compiling_or_transformed():
         return _rms_norm_special(input, normalized_shape, weight, eps, weight_offset, rounding)
     try:
         if input.is_cuda and _library.autocast_active(input) and _library.AUTOCASTS_RMS_NORM:
@@ -206,6 +207,8 @@ def rms_norm(
         # (3.0,) equals (3,), and torch refuses it.
         known = weight is not None and weight.shape == normalized_shape and type(normalized_shape[-1]) is int
         if is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad)):
+            if input.is_inference():  # saved for backward only as a copy
+                input = input.clone()
             ndim = len(normalized_shape) if known else _library.normalized_ndim(input, normalized_shape)
             result = _apply(input, None, weight, (ndim, epsilon, weight_offset, _library.ROUNDINGS[rounding]))
         elif known and rounding == "torch" and weight_offset == 0.0:
@@ -219,7 +222,7 @@ def rms_norm(
 
 
 def _check_rounding(op: str, rounding: str) -> None:
-    if rounding not in _library.ROUNDINGS:
+    if not isinstance(rounding, str) or rounding not in _library.ROUNDINGS:
         raise ValueError(f"{op}: expected rounding 'torch' or 'llama', got {rounding!r}") from None
 
 
@@ -244,6 +247,8 @@ def _refused(
             epsilon = _EPS[input.dtype] if eps is None else eps
             ndim = len(normalized_shape)
             return reference(input, weight, ndim, epsilon, weight_offset, _library.ROUNDINGS[rounding])
+    if isinstance(error, KeyError):  # of _EPS, from a dtype that torch's function may take
+        error = TypeError(f"rms_norm: weight_offset and rounding are for real floating-point input, got {input.dtype}")
     raise _library.torchs_error(error, F.rms_norm, input, normalized_shape, weight, eps) from None
 
 
@@ -256,7 +261,8 @@ def _rms_norm_special(
     rounding: str,
 ) -> Tensor:
     """While compiling, exporting or transforming, where an op's exception cannot be caught: arguments are checked first."""
-    if rounding not in _library.ROUNDINGS or not _library.accepts(input, normalized_shape, weight):
+    _check_rounding("rms_norm", rounding)
+    if not _library.accepts(input, normalized_shape, weight):
         error = RuntimeError("rms_norm: expected weight and input with the dimensions normalized_shape, on one device")
         return _refused(error, input, normalized_shape, weight, eps, weight_offset, rounding)
     if _library.AUTOCASTS_RMS_NORM and _library.autocast_active(input):
@@ -334,10 +340,11 @@ def add_rms_norm(
             rounding=rounding,
         )
         return result
-    if special() or _library.autocast_active(input):
+    if compiling_or_transformed() or _library.autocast_active(input):
         _library.check_residual("add_rms_norm", input, residual)
+        _check_rounding("add_rms_norm", rounding)
         fused = _library.is_compiling() and not (_library.transformed() or _library.autocast_active(input))
-        if fused and rounding in _library.ROUNDINGS and _library.accepts(input, normalized_shape, weight):
+        if fused and _library.accepts(input, normalized_shape, weight):
             epsilon = _EPS[input.dtype] if eps is None else eps
             ndim = len(normalized_shape)
             return _compiled(input, residual, weight, ndim, epsilon, weight_offset, _library.ROUNDINGS[rounding])
@@ -440,6 +447,8 @@ class RMSNorm(nn.RMSNorm):
             nn.init.constant_(self.weight, 1.0 - self.weight_offset)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy) and (leaf := _library.traced_leaf(self, x)) is not None:
+            return leaf
         return rms_norm(x, self.normalized_shape, self.weight, self.eps, weight_offset=self.weight_offset, rounding=self.rounding)
 
     def extra_repr(self) -> str:

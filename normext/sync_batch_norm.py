@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.fx import Proxy
 
 from normext import _channel, _library
 from normext._channel import update_running
@@ -155,9 +156,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        leaf = _channel.traced_leaf(self, input)
-        if leaf is not None:
-            return cast(Tensor, leaf)
+        if isinstance(input, Proxy) and (leaf := _library.traced_leaf(self, input)) is not None:
+            return leaf
         if input.dim() < 2 or input.shape[1] == 0:
             return super().forward(input)  # raises, in torch's words
         group = self.process_group if self.process_group else None

@@ -3,6 +3,7 @@
 import importlib
 
 import channel_cases as cases
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -184,7 +185,7 @@ def test_odd_values_do_as_torch_does(device):
             if attempt(getattr(F, op), x, *args) is None:
                 ours, theirs = getattr(normext, op)(x, *args), getattr(F, op)(x, *args)
                 torch.testing.assert_close(ours[:4], theirs[:4], rtol=1e-4, atol=1e-5, equal_nan=True)
-    for momentum in (-0.5, 1.5, float("inf"), float("nan")):
+    for momentum in (-0.5, 1.5, float("inf"), float("nan"), 1, np.float32(0.1), torch.tensor(0.1)):
         results = []
         for library in (normext, F):
             buffers = [x.new_zeros(6), x.new_ones(6)]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import normext
 
@@ -178,10 +179,24 @@ def test_symbolic_trace(device):
 
 
 def test_symbolic_trace_of_modules(device):
-    """A tracer whose leaves include our modules keeps them; the default one sees through to the functions."""
-    module = nn.Sequential(nn.Linear(8, 8), normext.LayerNorm(8)).to(device)
+    """Leaves, as torch's own are; traced by itself, a module is a call of its function."""
+    module = nn.Sequential(nn.Linear(8, 8), normext.LayerNorm(8), normext.RMSNorm(8, weight_offset=1.0)).to(device)
     x = torch.randn(3, 8, device=device)
-    assert torch.fx.symbolic_trace(module)(x).equal(module(x))
+    traced = torch.fx.symbolic_trace(module)
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 3
+    assert traced(x).equal(module(x))
+    for norm in module[1:]:
+        assert torch.fx.symbolic_trace(norm)(x).equal(norm(x))
+
+
+def test_symbolic_trace_of_converted_modules(device):
+    """What FX can trace it can trace afterwards."""
+    norm = LlamaRMSNorm(8).to(device)
+    assert len(normext.convert(norm).swapped) == 1
+    x = torch.randn(3, 8, device=device)
+    traced = torch.fx.symbolic_trace(norm)
+    assert normext.rms_norm in {node.target for node in traced.graph.nodes}
+    assert traced(x).equal(norm(x))
 
 
 def test_tensor_subclasses(device):

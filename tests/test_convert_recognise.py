@@ -247,6 +247,11 @@ def noisy(self, states):
     return F.dropout(OwnRmsNorm.forward(self, states), self.dropout, self.training)
 
 
+def counting(self, states):
+    self.calls += 1
+    return OwnRmsNorm.forward(self, states)
+
+
 WRONG = {
     "off by 1e-4": variant(scaled(1 + 1e-4)),
     "off by one bit": variant(scaled(1 + 2**-23)),
@@ -268,6 +273,8 @@ WRONG = {
     "unbiased variance": variant(unbiased),
     "dropout": variant(noisy),
     "clamps large inputs": variant(lambda self, states: OwnRmsNorm.forward(self, states.clamp(-100, 100))),
+    "replaces NaN": variant(lambda self, states: OwnRmsNorm.forward(self, states).nan_to_num()),
+    "counts its calls": variant(counting, calls=0),
     "a tensor attribute": variant(table=torch.ones(96)),
     "an attribute that cannot be copied": variant(generator=(i for i in range(3))),
     "an integer parameter": variant(gain=nn.Parameter(torch.ones(96, dtype=torch.int64), requires_grad=False)),

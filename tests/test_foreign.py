@@ -75,6 +75,24 @@ def test_jagged_tensors_do_as_torchs(device):
         assert found.values().equal(expected.values())
 
 
+@pytest.mark.python
+def test_nested_sums_do_as_torchs(device):
+    nested = torch.nested.nested_tensor([torch.randn(2, 8, device=device), torch.randn(3, 8, device=device)])
+    output, summed = normext.add_layer_norm(nested, nested, (8,))
+    expected = torch.nn.functional.layer_norm(nested + nested, (8,))
+    assert normext.layer_norm(nested, (8,)).is_nested
+    for found, wanted, total, part in zip(*(t.unbind() for t in (output, expected, summed, nested)), strict=True):
+        assert found.equal(wanted) and total.equal(2 * part)
+
+
+@pytest.mark.once
+def test_mkldnn_tensors_do_as_torchs():
+    x, mean, var, weight, bias = torch.randn(2, 8, 3, 3), torch.zeros(8), torch.ones(8), torch.ones(8), torch.zeros(8)
+    arguments = x.to_mkldnn(), mean, var, weight, bias
+    found, expected = (library.batch_norm(*arguments).to_dense() for library in (normext, torch.nn.functional))
+    assert found.equal(expected)
+
+
 DISTRIBUTED = """
 import torch, normext
 import torch.nn.functional as F

@@ -304,8 +304,15 @@ def test_architectures(monkeypatch):
     monkeypatch.delenv("NORMEXT_CUDA_ARCHS", raising=False)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0 12.0+PTX")
     assert archs() == ["80", "90", "120"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "5.0 7.5 8.6 9.0+PTX")  # as in container images
+    assert archs() == ["86", "90"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    assert archs() == []
     monkeypatch.setenv("NORMEXT_CUDA_ARCHS", "90a, 80")
     assert archs() == ["80", "90a"]
+    monkeypatch.setenv("NORMEXT_CUDA_ARCHS", "75 80")
+    with pytest.raises(SystemExit, match="needs sm_80 or newer"):
+        archs()
 
 
 # ---- The module in use -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ turn; the default mapping and one other are tried at all of these.
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import cases
 import oracle
@@ -14,7 +15,12 @@ import torch
 
 from normext import _library
 
-PLAN = _library.C.plan
+# The mappings that are legal on the device at hand.
+ARCH = 90
+if torch.cuda.is_available():
+    MAJOR, MINOR = torch.cuda.get_device_capability()
+    ARCH = 10 * MAJOR + MINOR
+PLAN = partial(_library.C.plan, arch=ARCH)
 TIERS = ("registers", "shared", "split")
 DIRECTIONS = ("forward", "backward")
 COMPLETE = [(n, d) for n in cases.TREE_WIDTHS for d in (torch.float32, torch.bfloat16)]
@@ -127,7 +133,7 @@ def test_tree_is_a_function_of_width_and_size_only(direction):
         for cols in (*cases.WIDTHS, 100003, 262144, 1 << 20):
             keys = ("vector", "lanes", "slots", "segments", "segment_cols")
             trees = {
-                tuple(PLAN(direction, dtype, rows, cols, arch)[k] for k in keys)
+                tuple(PLAN(direction, dtype, rows, cols, arch=arch)[k] for k in keys)
                 for rows in (1, 7, 4096, 1 << 20)
                 for arch in (80, 86, 89, 90, 100, 120)
             }
@@ -143,7 +149,7 @@ def test_tree_is_a_function_of_width_and_size_only(direction):
 
 def test_number_of_runs_depends_on_rows_only():
     for rows in (1, 7, 8, 9, 2048, 4095, 4096, 4097, 65536, 1 << 20):
-        runs = {PLAN("backward", "float32", rows, cols, arch)["runs"] for cols in (8, 768, 65536) for arch in (80, 90, 120)}
+        runs = {PLAN("backward", "float32", rows, cols, arch=arch)["runs"] for cols in (8, 768, 65536) for arch in (80, 90, 120)}
         assert runs == {max(min(-(-rows // 8), 512), -(-rows // 256))}
 
 

@@ -4,8 +4,7 @@
 //
 // A thread owns `vector` neighbouring channels of every row_lanes-th row, a block such threads side by side and a run of rows
 // (channel_plan.h). Three launches:
-//   moments   each thread takes 16 rows at a time in registers, merges their moments into those of its channels, and the threads of
-//   a
+//   moments   each thread takes 16 rows at a time in registers and merges their moments into those of its channels; threads of a
 //             block that own the same channels merge theirs pairwise; a table of (run, channel of the slab) goes to the workspace
 //   finalise  merges the table of each slab (channel_stats.cuh)
 //   apply     each thread keeps the statistics and parameters of its channels in registers and goes down its rows

@@ -1,8 +1,7 @@
 // Channel norm backward over rows of channels ([batch, spatial, channels]); the steps are those of channel_backward.cuh, and who
 // owns what is as in channel_last.cuh.
 //
-//   sums   each thread adds 16 rows of its channels in sequence, then at most 16 such sums; the threads of a block that own the
-//   same
+//   sums   each thread adds 16 rows of its channels in sequence, then at most 16 such sums; threads of a block that own the same
 //          channels add theirs pairwise
 //   apply  each thread keeps the statistics, means and parameters of its channels in registers and goes down its rows
 // x, dy and, with an activation, the residual are read twice. A thread reads its rows before it writes them, so grad_input may be

@@ -5,9 +5,8 @@
 // Two launches, a team of warps per segment of a slab (channel_plan.h) in both, so that one slab fills many multiprocessors:
 //   moments  each warp takes pieces of 1024 elements in registers; their moments meet in shared memory, are merged by one warp and
 //            go to the workspace
-//   apply    one warp merges the moments of the slab's segments; all normalise, add, activate, and round once. The team of segment
-//   0
-//            writes the statistics. Without an output, channel_finalise_kernel does just that
+//   apply    one warp merges the moments of the slab's segments; all normalise, add, activate, and round once. The first segment's
+//            team writes the statistics. Without an output, channel_finalise_kernel does just that
 // Input is read twice, the second time from L2 where it fits. A lane reads all elements of a piece before it writes any, so output
 // may be input or residual. Chosen where channel_resident.cuh is not.
 #pragma once

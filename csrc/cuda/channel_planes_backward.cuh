@@ -1,8 +1,7 @@
 // Channel norm backward over planes ([batch, channels, spatial], spatial > 1); the steps are those of channel_backward.cuh.
 //
-//   sums   a team of warps per segment of a slab (batch norm) or of a plane (group norm, whose sums are per channel of an image);
-//   each
-//          warp adds pieces of 512 elements, which meet in shared memory, and a warp adds those pairwise in index order
+//   sums   a team of warps per segment of a slab (batch norm) or of a plane (group norm, whose sums are per channel of an image):
+//          each adds pieces of 512 elements, which meet in shared memory, and a warp adds those pairwise in index order
 //   apply  a team per segment of a slab
 // x, dy and, with an activation, the residual are read twice, the second time from L2 where they fit. A lane reads all elements of
 // a piece before it writes any, so grad_input may be grad_output. Chosen for every shape.

@@ -90,25 +90,13 @@ __global__ void __launch_bounds__(kGradColumns* kGradSlices, 1) grad_sums_kernel
   const std::int64_t blocks = ceil_div(channels, kGradColumns);
   const int which = blockIdx.x < blocks ? 0 : 1;
   const A* partials = params.partials + which * entries * channels;
-  const int slice = static_cast<int>(threadIdx.x) / kGradColumns;
   const std::int64_t channel = (blockIdx.x - which * blocks) * kGradColumns + threadIdx.x % kGradColumns;
   const bool exists = channel < channels;
 
   dependency_wait();
-  const std::int64_t padded = power_of_two_at_least(entries);
-  const std::int64_t run = padded > kGradSlices ? padded / kGradSlices : 1;
-  PairwiseSum<A, kImageLevels> pairs;
-  for (std::int64_t e = slice * run; e < (slice + 1) * run; ++e) {
-    pairs.push(exists && e < entries ? partials[e * channels + channel] : A(0));
-  }
-  A* table = reinterpret_cast<A*>(dynamic_smem());
-  table[threadIdx.x] = pairs.sum();
-  for (int width = 1; width < kGradSlices; width *= 2) {
-    block_barrier();
-    if (slice % (2 * width) == 0) table[threadIdx.x] = table[threadIdx.x] + table[threadIdx.x + width * kGradColumns];
-  }
-  if (slice != 0 || !exists) return launch_dependents();
-  const A sum = table[threadIdx.x];
+  const A sum =
+      column_sum<kImageLevels, A>(entries, [&](std::int64_t e) { return exists ? partials[e * channels + channel] : A(0); });
+  if (threadIdx.x >= kGradColumns || !exists) return launch_dependents();
   if (params.grad[which] != nullptr) store_any(params.param_dtype, params.grad[which], channel, sum);
   if (params.sums != nullptr) params.sums[which * channels + channel] = sum;
   if (params.means == nullptr || !params.shape.batch_norm()) return launch_dependents();

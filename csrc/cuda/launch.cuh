@@ -43,6 +43,14 @@ struct DeviceLimits {
                       : "the NVIDIA driver supports only CUDA " + version(driver) +
                             "; install a newer driver or build normext with an older toolkit."));
   }
+  if (error == cudaErrorNoKernelImageForDevice) {
+    int device = 0, major = 0, minor = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    const std::string arch = std::to_string(major * 10 + minor);
+    fail("normext was not built for this GPU, an sm_" + arch + "; build it again with NORMEXT_CUDA_ARCHS=\"" + arch + "\".");
+  }
   fail(std::string("CUDA error in ") + what + ": " + cudaGetErrorString(error) + " (error " +
        std::to_string(static_cast<int>(error)) + ")");
 }
@@ -63,24 +71,27 @@ __global__ void cluster_probe() {}
 // The largest cluster of blocks that take a multiprocessor each: 16 on data-centre parts, less on others and on slices of one
 // (MIG). Only the driver knows; where it does not say, the portable size holds.
 inline int query_max_cluster(int device, int smem_per_block) {
-  // Code for an older architecture that the driver translated knows no clusters (intrinsics.cuh), whatever the device can do.
-  cudaFuncAttributes code;
-  check_cuda(cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(&cluster_probe<>)), "cudaFuncGetAttributes");
-  if (code.ptxVersion < 90) return 1;
   int current = device;
   check_cuda(cudaGetDevice(&current), "cudaGetDevice");
   if (current != device) check_cuda(cudaSetDevice(device), "cudaSetDevice");
   const void* probe = reinterpret_cast<const void*>(&cluster_probe<>);
+  cudaFuncAttributes code = {};
+  const cudaError_t described = cudaFuncGetAttributes(&code, probe);
+  // Code for an older architecture that the driver translated knows no clusters (intrinsics.cuh), whatever the device can do.
+  const bool possible = described == cudaSuccess && code.ptxVersion >= 90;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(16);
   config.blockDim = dim3(512);
   config.dynamicSmemBytes = static_cast<std::size_t>(smem_per_block);
   int size = 0;
-  const bool known = cudaFuncSetAttribute(probe, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_per_block) == cudaSuccess &&
+  const bool known = possible &&
+                     cudaFuncSetAttribute(probe, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_per_block) == cudaSuccess &&
                      cudaFuncSetAttribute(probe, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
                      cudaOccupancyMaxPotentialClusterSize(&size, probe, &config) == cudaSuccess;
   if (!known) cudaGetLastError();
   if (current != device) check_cuda(cudaSetDevice(current), "cudaSetDevice");
+  check_cuda(described, "cudaFuncGetAttributes");
+  if (!possible) return 1;
   return known && size >= 1 ? size : kPortableCluster;
 }
 

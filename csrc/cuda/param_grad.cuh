@@ -9,7 +9,7 @@ namespace normext::cuda {
 
 constexpr int kGradColumns = 32;
 constexpr int kGradSlices = 16;
-constexpr int kGradLevels = 24;  // partials up to 2^24 per slice
+constexpr int kGradLevels = 21;  // partials up to 2^24 per slice
 
 // Adds values pairwise in index order as they arrive. push() a power of two of them, at most 2^kLevels; sum() is then their sum.
 template <class A, int kLevels>
@@ -42,6 +42,37 @@ struct PairwiseSum {
   }
 };
 
+constexpr int kGradBatch = 8;  // partials that a thread loads at once: the loads take long, the sums do not
+
+// term(0) + ... + term(count - 1) pairwise in index order, for each of the 32 columns of a block of kGradColumns * kGradSlices
+// threads, with as many values in shared memory. The threads of the first slice get it.
+template <int kLevels, class A, class Term>
+__device__ __forceinline__ A column_sum(std::int64_t count, Term term) {
+  const int slice = static_cast<int>(threadIdx.x) / kGradColumns;
+  const std::int64_t padded = power_of_two_at_least(count);
+  const std::int64_t run = padded > kGradSlices ? padded / kGradSlices : 1;
+  PairwiseSum<A, kLevels> sum;
+  for (std::int64_t first = slice * run; first < (slice + 1) * run; first += kGradBatch) {
+    A value[kGradBatch];
+#pragma unroll
+    for (int i = 0; i < kGradBatch; ++i) value[i] = i < run && first + i < count ? term(first + i) : A(0);
+#pragma unroll
+    for (int width = 1; width < kGradBatch; width *= 2) {
+      if (width >= run) break;
+#pragma unroll
+      for (int i = 0; i < kGradBatch; i += 2 * width) value[i] = value[i] + value[i + width];
+    }
+    sum.push(value[0]);
+  }
+  A* table = reinterpret_cast<A*>(dynamic_smem());
+  table[threadIdx.x] = sum.sum();
+  for (int width = 1; width < kGradSlices; width *= 2) {
+    block_barrier();
+    if (slice % (2 * width) == 0) table[threadIdx.x] = table[threadIdx.x] + table[threadIdx.x + width * kGradColumns];
+  }
+  return table[threadIdx.x];
+}
+
 template <class A>
 struct ParamGradParams {
   const A* partial[2];  // [runs][cols]; dweight, dbias
@@ -55,25 +86,14 @@ __global__ void __launch_bounds__(kGradColumns* kGradSlices) param_grad_kernel(c
   const int which = blockIdx.x < blocks ? 0 : 1;
   const A* partial = params.partial[which];
   P* out = static_cast<P*>(params.out[which]);
-  const int slice = static_cast<int>(threadIdx.x) / kGradColumns;
   const std::int64_t column = (blockIdx.x - which * blocks) * kGradColumns + threadIdx.x % kGradColumns;
   const bool exists = column < params.cols && out != nullptr;
 
   dependency_wait();
-  const std::int64_t padded = power_of_two_at_least(params.runs);
-  const std::int64_t run = padded > kGradSlices ? padded / kGradSlices : 1;
-  PairwiseSum<A, kGradLevels> sum;
-  for (std::int64_t p = slice * run; p < (slice + 1) * run; ++p) {
-    sum.push(exists && p < params.runs ? partial[p * params.cols + column] : A(0));
-  }
-  A* table = reinterpret_cast<A*>(dynamic_smem());
-  table[threadIdx.x] = sum.sum();
-  for (int width = 1; width < kGradSlices; width *= 2) {
-    block_barrier();
-    if (slice % (2 * width) == 0) table[threadIdx.x] = table[threadIdx.x] + table[threadIdx.x + width * kGradColumns];
-  }
+  const A sum =
+      column_sum<kGradLevels, A>(params.runs, [&](std::int64_t p) { return exists ? partial[p * params.cols + column] : A(0); });
   launch_dependents();
-  if (slice == 0 && exists) out[column] = from_accumulate<P>(table[threadIdx.x]);
+  if (threadIdx.x < kGradColumns && exists) out[column] = from_accumulate<P>(sum);
 }
 
 template <class P, class A>

@@ -202,6 +202,19 @@ __device__ __forceinline__ typename Norm::template Row<A> saved_row(const RowBac
   }
 }
 
+// A row on its way: it is loaded while the row before it is reduced, so that memory does not wait at the barrier.
+template <class Norm, class T, int V, int kSlots>
+struct BackwardRow {
+  using A = Accumulate<T>;
+  BackwardSegment<Norm, T, V, kSlots> data;
+  typename Norm::template Row<A> stats;
+
+  __device__ __forceinline__ void load(const RowBackwardParams<A>& params, std::int64_t row, const LaneColumns<V>& columns) {
+    data.load(params, row, columns);
+    stats = saved_row<Norm, A>(params.args, row);
+  }
+};
+
 // Shared memory of a block: exchange[2][teams][2][segments], total[2][columns], group[teams][2][columns] when teams > 1.
 template <class A>
 struct BackwardShared {
@@ -291,14 +304,17 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
     ParamGrad<A, V, kSlots> grads;
     grads.clear();
     const int first_row = (base + team) * kGroupRows;
+    const int team_rows = in_team ? run_rows - first_row : 0;  // 0 or less: this team only takes part in the barriers
+    const auto row_of = [&](int r) { return run_start + (r < team_rows ? first_row + r : 0); };
+    const auto columns_of = [&](int r) { return LaneColumns<V>{columns.first, r < team_rows ? columns.left : 0}; };
+    BackwardRow<Norm, T, V, kSlots> next;
+    next.load(params, row_of(0), columns_of(0));
     for (int r = 0; r < kGroupRows && base * kGroupRows + r < run_rows; ++r) {
-      const bool active = in_team && first_row + r < run_rows;
-      const std::int64_t row = run_start + (active ? first_row + r : 0);
-      LaneColumns<V> here = columns;
-      if (!active) here.left = 0;
-      BackwardSegment<Norm, T, V, kSlots> data;
-      data.load(params, row, here);
-      const Row stats = saved_row<Norm, A>(args, row);
+      const std::int64_t row = row_of(r);
+      const LaneColumns<V> here = columns_of(r);
+      BackwardSegment<Norm, T, V, kSlots> data = next.data;
+      const Row stats = next.stats;
+      if (r + 1 < kGroupRows && r + 1 < team_rows) next.load(params, row_of(r + 1), columns);
       RowSums<A> sums{A(0), A(0)};
       if (sums_wanted) {
         sums = lane_sums<Norm>(data, weight, params, row, here, stats);

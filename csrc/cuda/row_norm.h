@@ -1,6 +1,6 @@
-// Entry points of the row norms on CUDA. Plain C++: neither torch nor CUDA types. Pointers are device pointers, the stream is
-// a cudaStream_t, and the workspace, where its size is not 0, is device memory of that size that lives until the stream
-// has passed the call. Nothing here synchronises or allocates.
+// Entry points of the row norms on CUDA. Plain C++: neither torch nor CUDA types. Pointers are device pointers, `device` is the
+// current device and the stream a cudaStream_t of it. The workspace, where its size is not 0, is device memory of that size that
+// lives until the stream has passed the call. Nothing here synchronises or allocates.
 #pragma once
 
 #include <cstddef>

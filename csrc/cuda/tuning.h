@@ -199,8 +199,10 @@ constexpr Device device_of_arch(int arch) {
     case 89:
       return {142, 1, 99 * 1024};
     case 100:
+    case 103:
       return {148, 16, 227 * 1024};
     case 120:
+    case 121:
       return {170, 8, 99 * 1024};
     default:
       return {132, 16, 227 * 1024};

@@ -120,7 +120,12 @@ std::string Tensor::shape_text() const {
 
 std::string Tensor::dtype_text() const {
   DType dtype;
-  return from_torch_dtype(dtype_, &dtype) ? ops::dtype_text(dtype) : "dtype number " + std::to_string(dtype_);
+  if (from_torch_dtype(dtype_, &dtype)) return ops::dtype_text(dtype);
+  // Torch's numbers of the dtypes that someone may pass by mistake.
+  static const char* const kNames[] = {"uint8", "int8", "int16", "int32", "int64", "", "", "", "complex32", "complex64", "complex128",
+                                       "bool"};
+  const bool named = dtype_ >= 0 && dtype_ < 12;
+  return named ? std::string("torch.") + kNames[dtype_] : "dtype number " + std::to_string(dtype_);
 }
 
 std::string Tensor::device_text() const {
@@ -227,9 +232,9 @@ Tensor contiguous_copy(const Tensor& tensor, DType dtype) {
 
 DeviceGuard::DeviceGuard(Device device) {
   if (!device.is_cuda()) return;
-  std::int32_t current = -1;
-  check(aoti_torch_get_current_device_index(&current), "tell the current device");
-  if (current != device.index) check(aoti_torch_create_device_guard(device.index, &guard_), "change the current device");
+  // Where the device is torch's current one, too: CUDA may not know yet, as torch sets a device without a context on first use
+  // only.
+  check(aoti_torch_create_device_guard(device.index, &guard_), "change the current device");
 }
 
 void* current_stream(Device device) {

@@ -288,6 +288,8 @@ void test_limits() {
 
   expect_fault("old driver", {"built for CUDA 13.0, but the NVIDIA driver supports only CUDA 13.0"},
                [] { check_cuda(cudaErrorInsufficientDriver, "anything"); });
+  expect_fault("other GPU", {"not built for this GPU", "NORMEXT_CUDA_ARCHS=\"90\""},
+               [] { check_cuda(cudaErrorNoKernelImageForDevice, "anything"); });
   expect_fault("no such device", {"cudaDeviceGetAttribute", "device 3", "error 101"}, [] { device_limits(3); });
 
   // Without the opt-ins that launch() makes.
