@@ -152,7 +152,7 @@ def fill(kind, rows, cols, mean, generator):
 
 
 def fill_grad(kind, rows, cols, generator):
-    """The incoming gradients of DESIGN.md §3; the constant ones expose long accumulation chains."""
+    """The incoming gradients of the accuracy contract; the constant ones expose long accumulation chains."""
     if kind == "uniform":
         return torch.rand(rows, cols, generator=generator, dtype=torch.float64)
     if kind == "tenth":

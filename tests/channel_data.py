@@ -45,7 +45,7 @@ def fill(case, batch, generator):
 
 
 def fill_grad(kind, shape, generator):
-    """The incoming gradients of DESIGN.md §3; the constant ones expose long accumulation chains."""
+    """The incoming gradients of the accuracy contract; the constant ones expose long accumulation chains."""
     if kind == "uniform":
         return torch.rand(shape, generator=generator, dtype=torch.float64)
     if kind == "tenth":

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 LIMIT = 4.0
-# The baseline instruction set has no fma, and may round a*b + c twice (DESIGN.md §3).
+# The baseline instruction set has no fma, and may round a*b + c twice.
 FUSED_MULTIPLY_ADD = os.environ.get("NORMEXT_CPU_ISA") != "scalar"
 PRECISION = {torch.float16: (11, -14), torch.bfloat16: (8, -126)}  # significant bits, smallest exponent
 

@@ -35,7 +35,7 @@ MUTANTS = (
     ),
     Mutant(
         "channels-last: a shift that misses the mean is kept",
-        "csrc/cpu/channel_last.inl",
+        "csrc/cpu/channels_last.inl",
         "if (sampled && __builtin_expect(",
         "if (false && __builtin_expect(",
         "avx2",
@@ -156,15 +156,15 @@ MUTANTS = (
     ),
     Mutant(
         "channels beyond a whole block not transposed",
-        "csrc/cpu/channel_last.inl",
-        "(column + 1 < column_blocks ? c0 + kTurnedBlock : channels) - c0",
-        "(channels < kTurnedBlock ? channels : c0 + kTurnedBlock) - c0",
+        "csrc/cpu/channels_last.inl",
+        "(column + 1 < column_blocks ? c0 + kTransposeBlock : channels) - c0",
+        "(channels < kTransposeBlock ? channels : c0 + kTransposeBlock) - c0",
         "avx2",
         ("tests/test_instance_last.py",),
     ),
     Mutant(
         "last block of columns left out",
-        "csrc/cpu/channel_last.inl",
+        "csrc/cpu/channels_last.inl",
         "columns.begin < channels; columns.begin = columns.end",
         "columns.begin + plan.columns <= channels; columns.begin = columns.end",
         "avx2",
@@ -172,7 +172,7 @@ MUTANTS = (
     ),
     Mutant(
         "means of a thread's own scalars left out",
-        "csrc/cpu/channel_last_backward.inl",
+        "csrc/cpu/channels_last_backward.inl",
         "      self.prepare_means();\n",
         "",
         "avx2",
@@ -180,7 +180,7 @@ MUTANTS = (
     ),
     Mutant(
         "last rows of an image in memory not written",
-        "csrc/cpu/channel_last.inl",
+        "csrc/cpu/channels_last.inl",
         "take(std::integral_constant<int, 1>(), std::false_type());",
         "if constexpr (!kFetch) take(std::integral_constant<int, 1>(), std::false_type());\n      begin = stop;",
         "avx2",
@@ -188,7 +188,7 @@ MUTANTS = (
     ),
     Mutant(
         "first row of a task not written where inputs are large",
-        "csrc/cpu/channel_last.inl",
+        "csrc/cpu/channels_last.inl",
         "return apply<1, true>(from, to, all);",
         "return apply<1, true>(from + 1, to, all);",
         "avx2",
@@ -196,7 +196,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradient of the last row of a group with fixed statistics forgotten",
-        "csrc/cpu/channel_last_backward.inl",
+        "csrc/cpu/channels_last_backward.inl",
         "for (; row < count; ++row) take(row, std::integral_constant<int, 1>());",
         "",
         "avx2",

@@ -132,7 +132,7 @@ def test_parametrized_and_pruned_weights(device):
 
 
 def test_public_names():
-    """What DESIGN.md promises at top level is there, documented, and nothing else is exported by accident."""
+    """What README promises at top level is there, documented, and nothing else is exported by accident."""
     public = {"LayerNorm", "RMSNorm", "add_layer_norm", "add_rms_norm", "fused_add_rms_norm_", "layer_norm", "rms_norm"}
     assert public <= set(normext.__all__)
     for name in normext.__all__:

@@ -128,7 +128,7 @@ def test_more_blocks_than_16_bits_count(backend):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_tree_is_a_function_of_width_and_size_only(direction):
-    """Not of the number of rows or the architecture, and it covers the row as DESIGN.md §3 says."""
+    """Not of the number of rows or the architecture, and it covers the row as core/row_tree.h says."""
     for dtype, size in (("float32", 4), ("bfloat16", 2), ("float64", 8)):
         for cols in (*cases.WIDTHS, 100003, 262144, 1 << 20):
             keys = ("vector", "lanes", "slots", "segments", "segment_cols")

@@ -2,11 +2,11 @@
 #pragma once
 
 #include "core/dtypes.h"
-#include "cpu/channel_last.inl"
-#include "cpu/channel_last_backward.inl"
 #include "cpu/channel_planes.inl"
 #include "cpu/channel_planes_backward.inl"
 #include "cpu/channel_running.inl"
+#include "cpu/channels_last.inl"
+#include "cpu/channels_last_backward.inl"
 
 namespace normext {
 inline namespace NORMEXT_ISA {

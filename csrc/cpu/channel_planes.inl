@@ -23,7 +23,7 @@ __attribute__((noinline)) void line_moments(const T* x, std::int64_t n, int coun
   using A = Accumulate<T>;
   const auto source_of = [&](int r) { return RowSource<T, false>(x + r * n); };
   const auto next_of = [&](int r) {
-    RowAhead<T, T, false, 1> next = {};
+    RowPrefetch<T, T, false, 1> next = {};
     next.source.input = {x + (r + count) * n};
     next.output = {at(output, r * n)};
     return next;

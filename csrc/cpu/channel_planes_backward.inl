@@ -40,7 +40,7 @@ struct PlanesBackward {
   // What is fetched while sums are taken, or null. Of all that the pass reads and writes: what lies a page ahead, where it gives
   // the values, too, and memory is far [Zen 4, fixed statistics, forward and backward: 32x256x14x14 float32 835 -> 697 us,
   // 8x64x112x112 bfloat16 1274 -> 1114]; what only sums read is left to the processor [up to a tenth more].
-  const bool far = comes_from_memory<T>(shape);
+  const bool from_memory = comes_from_memory<T>(shape);
   const T* const dx_ahead = plan.fetch_output ? static_cast<const T*>(args.grad_input) : nullptr;
 
   NORMEXT_INLINE UnitAffine<A> affine_of_plane(const PlaneCursor& cursor) const {
@@ -72,9 +72,9 @@ struct PlanesBackward {
         const UnitAffine<A> affine = affine_of_plane(cursor);
         const std::int64_t from = piece * plan.piece, first = cursor.plane * shape.spatial + from;
         const std::int64_t page = first + cpu::kPageBytes / static_cast<std::int64_t>(sizeof(T));
-        const L2Ahead<T> next_dx = {kValues ? at(far ? static_cast<const T*>(args.grad_input) : nullptr, page)
-                                            : at(dx_ahead, first)};
-        const L2Ahead<T> next_x = {far ? input + page : nullptr}, next_dy = {far ? grad_output + page : nullptr};
+        const L2Prefetch<T> next_dx = {kValues ? at(from_memory ? static_cast<const T*>(args.grad_input) : nullptr, page)
+                                               : at(dx_ahead, first)};
+        const L2Prefetch<T> next_x = {from_memory ? input + page : nullptr}, next_dy = {from_memory ? grad_output + page : nullptr};
         V of_plane[2];
         sum_columns<A>(
             smaller(plan.piece, shape.spatial - from),

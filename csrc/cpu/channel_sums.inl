@@ -21,7 +21,7 @@ constexpr std::int64_t kTasksOfStep = 4;        // that a pass in reverse takes 
 
 template <class T>
 NORMEXT_INLINE bool comes_from_memory(const ChannelShape& shape) {
-  return shape.elements() * static_cast<std::int64_t>(sizeof(T)) > cpu::kFarBytes;
+  return shape.elements() * static_cast<std::int64_t>(sizeof(T)) > cpu::kBeyondL2Bytes;
 }
 
 template <class A>

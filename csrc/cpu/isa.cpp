@@ -116,11 +116,12 @@ RowSchedule schedule_of(const RowForwardArgs& args) {
   if (is_amd()) {
     const std::int64_t read = args.residual == nullptr ? bytes : 2 * bytes;
     const bool half = size_of(args.dtype) == 2;
-    const bool wide = has_small_l2() && read > kFarWideBytes && args.cols >= kFarWideCols;
-    const bool far = half ? read > kFarHalfBytes && args.cols >= kFarHalfCols : wide || (read > kFarBytes && args.cols >= kFarCols);
-    return far ? RowSchedule::kPipeline : RowSchedule::kBatches;
+    const bool wide = has_small_l2() && read > kBeyondL2WideBytes && args.cols >= kBeyondL2WideCols;
+    const bool from_memory = half ? read > kBeyondL2HalfBytes && args.cols >= kBeyondL2HalfCols
+                                  : wide || (read > kBeyondL2Bytes && args.cols >= kBeyondL2Cols);
+    return from_memory ? RowSchedule::kPipeline : RowSchedule::kBatches;
   }
-  return bytes > kFarBytes ? RowSchedule::kFarBatches : RowSchedule::kBatches;
+  return bytes > kBeyondL2Bytes ? RowSchedule::kMemoryBatches : RowSchedule::kBatches;
 }
 
 // Whether the memory has been touched, as far as a few of its pages tell.

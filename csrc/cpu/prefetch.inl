@@ -20,7 +20,7 @@ NORMEXT_INLINE void fetch_unit(const T* p) {
 
 // To be fetched during a pass, unit by unit: one of kShares shares of a row. 0: nothing.
 template <class T, int kShares>
-struct Ahead {
+struct Prefetch {
   const T* begin;
 
   NORMEXT_INLINE void fetch(std::int64_t column) const {
@@ -29,7 +29,7 @@ struct Ahead {
 };
 // The same for a whole row, or nothing if null, and to L2.
 template <class T>
-struct L2Ahead {
+struct L2Prefetch {
   const T* begin;
 
   NORMEXT_INLINE void fetch(std::int64_t column) const {

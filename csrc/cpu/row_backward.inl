@@ -85,7 +85,7 @@ struct RowGradient {
       const T* x = input(row + r) + begin;
       const G* dy = grad_output(row + r) + begin;
       const Row stats = statistics(row + r);
-      const L2Ahead<T> output = {plan.fetch ? static_cast<const T*>(args.grad_input) + (row + r) * args.cols + begin : nullptr};
+      const L2Prefetch<T> output = {plan.fetch ? static_cast<const T*>(args.grad_input) + (row + r) * args.cols + begin : nullptr};
       V lanes[kSums];
       sum_columns<A>(
           cols,

@@ -20,12 +20,12 @@ __attribute__((noinline)) void apply_batch(const RowForwardArgs& args, bool stre
                                            std::int64_t following, const RowBatch<Accumulate<T>>& batch) {
   constexpr int shares = kShares<kSource>;
   const T* x[kMaxBatch];
-  Ahead<T, shares> next[kMaxBatch];
-  OutputRow<O, kSource == Source::kFar> output[kMaxBatch];
+  Prefetch<T, shares> next[kMaxBatch];
+  OutputRow<O, kSource == Source::kMemory> output[kMaxBatch];
   typename Policy::template Row<Accumulate<T>> row[kMaxBatch];
   for (int r = 0; r < count; ++r) {
     x[r] = stored_row<T>(args, first_row + r);
-    next[r] = ahead<shares>(next_row<T>(args, first_row, count, following, r), args.cols, shares - 1);
+    next[r] = share_of_row<shares>(next_row<T>(args, first_row, count, following, r), args.cols, shares - 1);
     output[r] = {args, stream, first_row + r};
     row[r] = batch.template row<Policy>(r);
     save_statistics<Policy, Accumulate<T>>(args, first_row + r, row[r]);
@@ -63,17 +63,17 @@ __attribute__((noinline)) void pipeline(const RowForwardArgs& args, bool stream,
     if (r < end) {
       const RowSource<T, kResidual> source(args, r);
       if constexpr (Policy::kCentred) {
-        const auto next = source_ahead<T, kResidual, kShared>(RowSource<T, kResidual>(args, following), cols, 0);
+        const auto next = source_prefetch<T, kResidual, kShared>(RowSource<T, kResidual>(args, following), cols, 0);
         finished = finish_single(shifted_moments(source, 0, cols, shift, next), n, eps);
       } else {
-        finished = finish_single<Policy>(sum_lanes<A>(square_sum(source, 0, cols, Ahead<T, 0>{})), n, eps);
+        finished = finish_single<Policy>(sum_lanes<A>(square_sum(source, 0, cols, Prefetch<T, 0>{})), n, eps);
       }
     }
     if (r > begin) {
       const std::int64_t out = r - 1;
       const T* x = stored_row<T>(args, out);
       const OutputRow<O, true> output(args, stream, out);
-      const auto next = row_ahead<T, O, kResidual, kShared>(args, stream, following, smaller(r, last));
+      const auto next = row_prefetch<T, O, kResidual, kShared>(args, stream, following, smaller(r, last));
       save_statistics<Policy, A>(args, out, row);
       apply<Policy, T, P, kMode, 1>(args, &x, &output, &next, &row, 0, cols);
     }
@@ -124,22 +124,23 @@ void forward_rows(const RowForwardArgs& args, const cpu::ForwardPlan& plan, std:
   using cpu::RowSchedule;
   const bool stream = plan.stream, fused = args.residual != nullptr;
   if constexpr (!kFollowsPlan<T>) {
-    if (args.cols <= kSegment) batches<Policy, T, P, O, kMode, Source::kNear>(args, false, begin, end);
-    else long_rows<Policy, T, P, O, kMode>(args, false, begin, end, [](std::int64_t) { return Ahead<T, 0>{}; });
+    if (args.cols <= kSegment) batches<Policy, T, P, O, kMode, Source::kCache>(args, false, begin, end);
+    else long_rows<Policy, T, P, O, kMode>(args, false, begin, end, [](std::int64_t) { return Prefetch<T, 0>{}; });
   } else if (args.cols > kSegment) {
     const auto rows = [&](auto next_of) { long_rows<Policy, T, P, O, kMode>(args, stream, begin, end, next_of); };
-    const bool input_only = plan.schedule == RowSchedule::kFarBatches;
+    const bool input_only = plan.schedule == RowSchedule::kMemoryBatches;
     const auto fetched = [&](auto residual, std::int64_t r) {
-      auto next = row_ahead<T, O, decltype(residual)::value, 1>(args, stream, r, r);
+      auto next = row_prefetch<T, O, decltype(residual)::value, 1>(args, stream, r, r);
       if (input_only) next.output = {};
       return next;
     };
-    if (plan.schedule == RowSchedule::kBatches) rows([](std::int64_t) { return Ahead<T, 0>{}; });
+    if (plan.schedule == RowSchedule::kBatches) rows([](std::int64_t) { return Prefetch<T, 0>{}; });
     else if (fused && !input_only) rows([&](std::int64_t r) { return fetched(std::true_type(), r); });
     else rows([&](std::int64_t r) { return fetched(std::false_type(), r); });
   } else {
-    if (plan.schedule == RowSchedule::kBatches) batches<Policy, T, P, O, kMode, Source::kNear>(args, stream, begin, end);
-    else if (plan.schedule == RowSchedule::kFarBatches) batches<Policy, T, P, O, kMode, Source::kFar>(args, stream, begin, end);
+    if (plan.schedule == RowSchedule::kBatches) batches<Policy, T, P, O, kMode, Source::kCache>(args, stream, begin, end);
+    else if (plan.schedule == RowSchedule::kMemoryBatches)
+      batches<Policy, T, P, O, kMode, Source::kMemory>(args, stream, begin, end);
     else if (fused) pipeline<Policy, T, P, O, kMode, true>(args, stream, begin, end);
     else pipeline<Policy, T, P, O, kMode, false>(args, stream, begin, end);
   }
@@ -179,7 +180,7 @@ void forward_segments(const RowForwardArgs& args, const cpu::ForwardPlan& plan, 
       const std::int64_t r = task / segments, column = task % segments * kSegment;
       const T* x = stored_row<T>(args, first_row + r);
       const OutputRow<O, false> output(args, false, first_row + r);
-      const Ahead<T, 0> none{};
+      const Prefetch<T, 0> none{};
       apply<Policy, T, P, kMode, 1>(args, &x, &output, &none, merged + r, column, smaller(column + kSegment, args.cols));
     }
   });

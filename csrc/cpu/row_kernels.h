@@ -18,16 +18,16 @@ constexpr std::int64_t kMaxUnit = 64;      // columns to which the widest instru
 
 // How a thread goes through its rows; the result is the same. Without fma, and in float64, kBatches is all there is.
 enum class RowSchedule {
-  kBatches,     // statistics of a batch of rows, then its output
-  kFarBatches,  // the same, and the next batch is fetched meanwhile
-  kPipeline     // a row at a time, its output after the statistics of what follows; all is fetched a row ahead
+  kBatches,        // statistics of a batch of rows, then its output
+  kMemoryBatches,  // the same, and the next batch is fetched meanwhile
+  kPipeline        // a row at a time, its output after the statistics of what follows; all is fetched a row ahead
 };
 
 // Null scratch: a row belongs to one thread. Otherwise segments are shared out, `group` rows at a time.
 struct ForwardPlan {
   Parallel parallel;
   RowSchedule schedule = RowSchedule::kBatches;
-  bool stream = false;  // the output may go past the caches; batches that are not far never do
+  bool stream = false;  // the output may go past the caches; batches from cache never do
   std::int64_t group = 1;
   void* scratch = nullptr;  // group * (kScratchPerSegment * segments + kScratchPerRow) doubles
 };

@@ -168,7 +168,7 @@ template <class T>
 __attribute__((noinline)) Moments<Accumulate<T>> moments_again(const T* x, std::int64_t cols, Accumulate<T> mean) {
   using A = Accumulate<T>;
   Vector<A> sums[2];
-  shifted_sums<T, false>(RowSource<T, false>(x), 0, cols, Ahead<T, 0>{}, mean, sums);
+  shifted_sums<T, false>(RowSource<T, false>(x), 0, cols, Prefetch<T, 0>{}, mean, sums);
   return moments(mean, sum_lanes<A>(sums[0]), sum_lanes<A>(sums[1]), static_cast<A>(cols));
 }
 // Moments of columns x: those found, or, if the shift was not near the mean, those from the mean that it gave.

@@ -17,15 +17,15 @@ namespace {
 template <class T>
 constexpr std::int64_t kBatchBytes = sizeof(T) == 2 ? 32768 : 16384;
 constexpr std::int64_t kLeastBatch = 2;  // rows share parameters [LayerNorm float32 32x4096, batches of a row: 19.9 -> 19.2 us]
-// Far: rows are fetched a batch ahead, an input that comes from memory in equal shares by all passes over the batch before, so that
-// memory is busy during mere arithmetic, too: 3 to 10 % less time than fetching in one pass, 20 % at 4096x4096 in bfloat16. Near,
-// in L2, prefetches cost more than they bring.
-enum class Source { kNear, kFar };
+// Where a batch lies. Rows that come from memory are fetched a batch ahead, in equal shares by all passes over the batch before, so
+// that memory is busy during mere arithmetic, too: 3 to 10 % less time than fetching in one pass, 20 % at 4096x4096 in bfloat16.
+// For rows in L2 prefetches cost more than they bring.
+enum class Source { kCache, kMemory };
 
 // One of kShares shares of what a next row is read from.
 template <class T, bool kResidual, int kShares>
-struct SourceAhead {
-  Ahead<T, kShares> input, residual;
+struct SourcePrefetch {
+  Prefetch<T, kShares> input, residual;
 
   NORMEXT_INLINE void fetch(std::int64_t column) const {
     input.fetch(column);
@@ -34,10 +34,10 @@ struct SourceAhead {
 };
 // The same, and all that next rows are written to.
 template <class T, class O, bool kResidual, int kShares>
-struct RowAhead {
-  SourceAhead<T, kResidual, kShares> source;
-  L2Ahead<T> residual_out;
-  L2Ahead<O> output;
+struct RowPrefetch {
+  SourcePrefetch<T, kResidual, kShares> source;
+  L2Prefetch<T> residual_out;
+  L2Prefetch<O> output;
 
   NORMEXT_INLINE void fetch(std::int64_t column) const {
     source.fetch(column);
@@ -47,10 +47,10 @@ struct RowAhead {
 };
 // How many passes share the work: that of the statistics and that of the output, or none.
 template <Source kSource>
-constexpr int kShares = kSource == Source::kFar ? 2 : 0;
+constexpr int kShares = kSource == Source::kMemory ? 2 : 0;
 
 template <int kShares, class T>
-NORMEXT_INLINE Ahead<T, kShares> ahead(const T* row, std::int64_t cols, int share) {
+NORMEXT_INLINE Prefetch<T, kShares> share_of_row(const T* row, std::int64_t cols, int share) {
   if constexpr (kShares == 0) return {};
   else return {row + cols * share / kShares};
 }
@@ -77,9 +77,9 @@ NORMEXT_INLINE Moments<Accumulate<T>> segment_moments(const RowSource<T, kResidu
   using A = Accumulate<T>;
   const std::int64_t begin = segment * kSegment, n = segment_cols(segment, cols);
   if constexpr (Policy::kCentred) {
-    return shifted_moments(row, begin, n, segment_shift(row, begin, n), Ahead<T, 0>{});
+    return shifted_moments(row, begin, n, segment_shift(row, begin, n), Prefetch<T, 0>{});
   } else {
-    return {0, 0, sum_lanes<A>(square_sum(row, begin, n, Ahead<T, 0>{}))};
+    return {0, 0, sum_lanes<A>(square_sum(row, begin, n, Prefetch<T, 0>{}))};
   }
 }
 
@@ -121,7 +121,7 @@ __attribute__((noinline)) void batch_statistics(const RowForwardArgs& args, std:
   const V n = V{} + static_cast<A>(args.cols), eps = V{} + static_cast<A>(args.eps);
   const auto source_of = [&](int r) { return RowSource<T, kResidual>(args, first_row + r); };
   const auto next_of = [&](int r) {
-    return ahead<kShares<kSource>>(next_row<T>(args, first_row, count, following, r), args.cols, 0);
+    return share_of_row<kShares<kSource>>(next_row<T>(args, first_row, count, following, r), args.cols, 0);
   };
   if constexpr (Policy::kCentred) {
     BatchMoments<A> rows;
@@ -225,19 +225,20 @@ NORMEXT_INLINE const T* stored_row(const RowForwardArgs& args, std::int64_t row)
                                   : static_cast<const T*>(args.residual_out) + args.residual_out_layout.offset(row);
 }
 template <class T, bool kResidual, int kShares>
-NORMEXT_INLINE SourceAhead<T, kResidual, kShares> source_ahead(const RowSource<T, kResidual>& row, std::int64_t cols, int share) {
-  SourceAhead<T, kResidual, kShares> next = {};
-  next.input = ahead<kShares>(row.input, cols, share);
-  if constexpr (kResidual) next.residual = ahead<kShares>(row.residual, cols, share);
+NORMEXT_INLINE SourcePrefetch<T, kResidual, kShares> source_prefetch(const RowSource<T, kResidual>& row, std::int64_t cols,
+                                                                     int share) {
+  SourcePrefetch<T, kResidual, kShares> next = {};
+  next.input = share_of_row<kShares>(row.input, cols, share);
+  if constexpr (kResidual) next.residual = share_of_row<kShares>(row.residual, cols, share);
   return next;
 }
 // The last share of row `input`, which is read next, and all of row `output`, which is written next.
 template <class T, class O, bool kResidual, int kShares>
-NORMEXT_INLINE RowAhead<T, O, kResidual, kShares> row_ahead(const RowForwardArgs& args, bool stream, std::int64_t input,
-                                                            std::int64_t output) {
-  RowAhead<T, O, kResidual, kShares> next = {};
+NORMEXT_INLINE RowPrefetch<T, O, kResidual, kShares> row_prefetch(const RowForwardArgs& args, bool stream, std::int64_t input,
+                                                                  std::int64_t output) {
+  RowPrefetch<T, O, kResidual, kShares> next = {};
   const RowSource<T, kResidual> source(args, input);
-  next.source = source_ahead<T, kResidual, kShares>(source, args.cols, kShares - 1);
+  next.source = source_prefetch<T, kResidual, kShares>(source, args.cols, kShares - 1);
   if constexpr (kResidual) next.residual_out = {source.residual_out};
   const OutputRow<O, true> next_output(args, stream, output);
   if (!next_output.streamed) next.output = {next_output.row};

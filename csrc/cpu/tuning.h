@@ -11,25 +11,25 @@ namespace normext::cpu {
 // take as long. Measured even at about 18000 elements of a norm and 9000 of a fused one.
 constexpr std::int64_t kSerialBytes = 160 * 1024;
 // An input of more comes from memory, or from a cache that is as far.
-constexpr std::int64_t kFarBytes = 3 << 20;
+constexpr std::int64_t kBeyondL2Bytes = 3 << 20;
 // Beyond this the caches hold little of an input and what is made of it: rows of channels-last in float32 and wider, if they are
 // not long, are taken one at a time on Zen 3, as memory gives them, instead of two [times torch eager, both in one process, ops
 // alone: BatchNorm in evaluation 8x256x56x56 0.84 and 0.99, 8x144x56x56 0.92 and 1.05, 8x512x28x28, which are 12.2 MB, 1.32
 // and 1.18; its backward 0.89 and 1.17, 0.74 and 0.99, 0.97 and 1.16; of 6 MB, forward, 1.42 and 1.29; in bfloat16 of any size up
 // to a quarter slower].
 constexpr std::int64_t kMemoryBytes = 12 << 20;
-// Zen 4 is slow far from L2 when several rows are read or written in turns [us, of batches, far batches and the pipeline: LayerNorm
-// 2048x1024 float32 417, 450, 316; RMSNorm 285, 304, 205; LayerNorm 16384x1024 bfloat16 2963, 2954, 2711]. In 16 bits arithmetic
-// counts as much, and batches save more of it [LayerNorm bfloat16 2048x1024 242, 260, 263], above all in short rows [bfloat16
-// 32768x128 635, 814, 965; float32, batches and pipeline: 32768x128 1265, 843; 50000x48 677, 1124]. A residual is a second input.
-// Sapphire Rapids was measured with batches alone, its limit with plain norms.
-constexpr std::int64_t kFarHalfBytes = 6 << 20;
-constexpr std::int64_t kFarCols = 128, kFarHalfCols = 512;
-// Where L2 holds half a megabyte, as on Zen 3, wide rows in float32 and wider are far from here on, as soon as what is read and
-// written is not what was there a moment ago [us, batches and the pipeline: RMSNorm 512x768 77, 63; 768x768 171, 128; 1024x768 187,
-// 136; LayerNorm 93, 88; 194, 158; 216, 175; fused equal or less; narrow rows, LayerNorm 4096x128, 255, 283].
+// Zen 4 is slow far from L2 when several rows are read or written in turns [us, batches from cache, batches from memory, pipeline:
+// LayerNorm 2048x1024 float32 417, 450, 316; RMSNorm 285, 304, 205; LayerNorm 16384x1024 bfloat16 2963, 2954, 2711]. In 16 bits
+// arithmetic counts as much, and batches save more of it [LayerNorm bfloat16 2048x1024 242, 260, 263], above all in short rows
+// [bfloat16 32768x128 635, 814, 965; float32, batches and pipeline: 32768x128 1265, 843; 50000x48 677, 1124]. A residual is a
+// second input. Sapphire Rapids was measured with batches alone, its limit with plain norms.
+constexpr std::int64_t kBeyondL2HalfBytes = 6 << 20;
+constexpr std::int64_t kBeyondL2Cols = 128, kBeyondL2HalfCols = 512;
+// Where L2 holds half a megabyte, as on Zen 3, wide rows in float32 and wider come from beyond it from here on, as soon as what is
+// read and written is not what was there a moment ago [us, batches and the pipeline: RMSNorm 512x768 77, 63; 768x768 171, 128;
+// 1024x768 187, 136; LayerNorm 93, 88; 194, 158; 216, 175; fused equal or less; narrow rows, LayerNorm 4096x128, 255, 283].
 constexpr std::int64_t kSmallL2Bytes = 512 * 1024;
-constexpr std::int64_t kFarWideBytes = 1 << 20, kFarWideCols = 512;
+constexpr std::int64_t kBeyondL2WideBytes = 1 << 20, kBeyondL2WideCols = 512;
 // An output that fills the caches is written past them where its pages are mapped [Zen 4, 16384x1024 in mapped pages: LayerNorm
 // float32 4.97 -> 3.43 ms, RMSNorm and the sum of its output 6.04 -> 5.66, and its product with 64 columns 21.8 -> 20.2; bfloat16
 // 2.59 -> 2.36, 3.05 -> 2.48, 8.21 -> 7.07. Fresh pages are in the caches once the system has cleared them: no gain there, on a

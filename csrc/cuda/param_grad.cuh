@@ -9,7 +9,7 @@ namespace normext::cuda {
 
 constexpr int kGradColumns = 32;
 constexpr int kGradSlices = 16;
-constexpr int kGradLevels = 21;  // partials up to 2^24 per slice
+constexpr int kGradLevels = 28;  // partials up to 2^28
 
 // Adds values pairwise in index order as they arrive. push() a power of two of them, at most 2^kLevels; sum() is then their sum.
 template <class A, int kLevels>
@@ -45,13 +45,13 @@ struct PairwiseSum {
 constexpr int kGradBatch = 8;  // partials that a thread loads at once: the loads take long, the sums do not
 
 // term(0) + ... + term(count - 1) pairwise in index order, for each of the 32 columns of a block of kGradColumns * kGradSlices
-// threads, with as many values in shared memory. The threads of the first slice get it.
+// threads, with as many values in shared memory; count <= 2^kLevels. The threads of the first slice get it.
 template <int kLevels, class A, class Term>
 __device__ __forceinline__ A column_sum(std::int64_t count, Term term) {
   const int slice = static_cast<int>(threadIdx.x) / kGradColumns;
   const std::int64_t padded = power_of_two_at_least(count);
   const std::int64_t run = padded > kGradSlices ? padded / kGradSlices : 1;
-  PairwiseSum<A, kLevels> sum;
+  PairwiseSum<A, kLevels - 7> sum;  // of a 16th of the terms, 8 at a time
   for (std::int64_t first = slice * run; first < (slice + 1) * run; first += kGradBatch) {
     A value[kGradBatch];
 #pragma unroll

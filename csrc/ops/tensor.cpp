@@ -122,8 +122,8 @@ std::string Tensor::dtype_text() const {
   DType dtype;
   if (from_torch_dtype(dtype_, &dtype)) return ops::dtype_text(dtype);
   // Torch's numbers of the dtypes that someone may pass by mistake.
-  static const char* const kNames[] = {"uint8", "int8", "int16", "int32", "int64", "", "", "", "complex32", "complex64", "complex128",
-                                       "bool"};
+  static const char* const kNames[] = {"uint8", "int8", "int16",     "int32",     "int64",      "",
+                                       "",      "",     "complex32", "complex64", "complex128", "bool"};
   const bool named = dtype_ >= 0 && dtype_ < 12;
   return named ? std::string("torch.") + kNames[dtype_] : "dtype number " + std::to_string(dtype_);
 }

@@ -1,5 +1,5 @@
 // Channel norm backward over rows of channels ([batch, spatial, channels]); the steps are those of channel_backward.cuh, and who
-// owns what is as in channel_last.cuh.
+// owns what is as in channels_last.cuh.
 //
 //   sums   each thread adds 16 rows of its channels in sequence, then at most 16 such sums; threads of a block that own the same
 //          channels add theirs pairwise
@@ -9,7 +9,7 @@
 #pragma once
 
 #include "cuda/channel_backward.cuh"
-#include "cuda/channel_last.cuh"
+#include "cuda/channels_last.cuh"
 
 namespace normext::cuda {
 

@@ -1,5 +1,5 @@
-// Channel norm forward over rows of channels: schedule in channel_last.cuh, formulas in norms/channel_norm.h.
-#include "cuda/channel_last.cuh"
+// Channel norm forward over rows of channels: schedule in channels_last.cuh, formulas in norms/channel_norm.h.
+#include "cuda/channels_last.cuh"
 
 namespace normext::cuda {
 

@@ -1,5 +1,5 @@
-// Channel norm backward over rows of channels: schedule in channel_last_backward.cuh, formulas in norms/channel_norm.h.
-#include "cuda/channel_last_backward.cuh"
+// Channel norm backward over rows of channels: schedule in channels_last_backward.cuh, formulas in norms/channel_norm.h.
+#include "cuda/channels_last_backward.cuh"
 
 namespace normext::cuda {
 
