@@ -1,7 +1,7 @@
-"""The bugs that mutants.py plants: those that norms elsewhere really had, as far as one can have them on the CPU or the emulator, and
-some that our own rules invite. Not here, because they need a GPU: a removed device guard, the default stream. Nor are these: an early
-return for empty rows, a mean saved in half precision, scratch memory of an earlier call read where there is no weight, the residual
-written before all is read.
+"""The bugs that mutants.py plants: those that norms elsewhere really had, as far as one can have them on the CPU or the emulator,
+and some that our own rules invite. Not here, because they need a GPU: a removed device guard, the default stream. Nor are these: an
+early return for empty rows, a mean saved in half precision, scratch memory of an earlier call read where there is no weight, the
+residual written before all is read.
 """
 
 from dataclasses import dataclass

@@ -78,9 +78,10 @@ def test_jagged_tensors_do_as_torchs(device):
 @pytest.mark.python
 def test_nested_sums_do_as_torchs(device):
     nested = torch.nested.nested_tensor([torch.randn(2, 8, device=device), torch.randn(3, 8, device=device)])
-    output, summed = normext.add_layer_norm(nested, nested, (8,))
-    expected = torch.nn.functional.layer_norm(nested + nested, (8,))
-    assert normext.layer_norm(nested, (8,)).is_nested
+    parameters = torch.rand(8, device=device), torch.rand(8, device=device)
+    output, summed = normext.add_layer_norm(nested, nested, (8,), *parameters)
+    expected = torch.nn.functional.layer_norm(nested + nested, (8,), *parameters)
+    assert normext.layer_norm(nested, (8,), *parameters).is_nested
     for found, wanted, total, part in zip(*(t.unbind() for t in (output, expected, summed, nested)), strict=True):
         assert found.equal(wanted) and total.equal(2 * part)
 

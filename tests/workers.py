@@ -246,4 +246,8 @@ def install(config):
             skip = json.load(file)
         sender = Sender(config, int(os.environ.pop("NORMEXT_TEST_PIPE")), skip)
         config.pluginmanager.register(sender, "normext-sender")
-    return backends.named(name)
+    backend = backends.named(name)
+    if "normext" in sys.modules:
+        raise pytest.UsageError(f"normext was imported before {name} was chosen")
+    os.environ.update(backend.env)  # a worker has them already, the one process of a debugger not
+    return backend

@@ -81,12 +81,18 @@ __device__ __forceinline__ void store_any(DType dtype, void* p, std::int64_t i, 
   }
 }
 
-// A block takes 32 channels of one of the two sums; its 16 slices of threads take contiguous entries, so every access is coalesced.
+// Partial sums of a channel.
+template <class A>
+NORMEXT_HOST_DEVICE std::int64_t grad_entries(const GradSumsParams<A>& params) {
+  return params.shape.batch_norm() ? params.runs : params.shape.batch * params.runs;
+}
+
+// A block takes 32 channels of one of the two sums, its slices of threads contiguous entries (column_sum()).
 // Count, a double, is a template parameter so that the kernel's name says that it converts one.
 template <class A, class Count>
 __global__ void __launch_bounds__(kGradColumns* kGradSlices, 1) grad_sums_kernel(const __grid_constant__ GradSumsParams<A> params) {
   const std::int64_t channels = params.shape.channels;
-  const std::int64_t entries = params.shape.batch_norm() ? params.runs : params.shape.batch * params.runs;
+  const std::int64_t entries = grad_entries(params);
   const std::int64_t blocks = ceil_div(channels, kGradColumns);
   const int which = blockIdx.x < blocks ? 0 : 1;
   const A* partials = params.partials + which * entries * channels;
@@ -138,8 +144,9 @@ template <class A>
 void launch_grad_sums_typed(const GradSumsParams<A>& params, void* stream) {
   const bool batch_norm = params.shape.batch_norm();
   if (params.grad[0] != nullptr || params.grad[1] != nullptr || params.sums != nullptr || (batch_norm && params.means != nullptr)) {
-    launch_channel(grad_sums_kernel<A, double>, 2 * ceil_div(params.shape.channels, kGradColumns), kGradColumns * kGradSlices,
-                   kGradColumns * kGradSlices * sizeof(A), stream, params);
+    const int threads = column_threads(grad_entries(params));
+    launch_channel(grad_sums_kernel<A, double>, 2 * ceil_div(params.shape.channels, kGradColumns), threads, threads * sizeof(A),
+                   stream, params);
   }
   if (batch_norm || params.means == nullptr) return;
   launch_channel(slab_means_kernel<A>, ceil_div(params.shape.slabs(), kMeansWarps), kMeansWarps * 32, 0, stream, params);

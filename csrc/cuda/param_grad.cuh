@@ -1,5 +1,6 @@
 // Sums the partial parameter gradients of all row runs, pairwise in index order, and casts them to the parameter type.
-// A block takes 32 columns; its 16 slices of threads take contiguous runs of partials, so every access is coalesced.
+// A block takes 32 columns; its slices of threads, 16 or as many as there are partials, take contiguous runs of them, so every
+// access is coalesced.
 #pragma once
 
 #include "cuda/collectives.cuh"
@@ -8,7 +9,7 @@
 namespace normext::cuda {
 
 constexpr int kGradColumns = 32;
-constexpr int kGradSlices = 16;
+constexpr int kGradSlices = 16;  // at most
 constexpr int kGradLevels = 28;  // partials up to 2^28
 
 // Adds values pairwise in index order as they arrive. push() a power of two of them, at most 2^kLevels; sum() is then their sum.
@@ -44,13 +45,18 @@ struct PairwiseSum {
 
 constexpr int kGradBatch = 8;  // partials that a thread loads at once: the loads take long, the sums do not
 
-// term(0) + ... + term(count - 1) pairwise in index order, for each of the 32 columns of a block of kGradColumns * kGradSlices
-// threads, with as many values in shared memory; count <= 2^kLevels. The threads of the first slice get it.
+// Threads of a block whose column_sum() is of `count` terms.
+inline int column_threads(std::int64_t count) {
+  return kGradColumns * static_cast<int>(power_of_two_at_least(count < kGradSlices ? count : kGradSlices));
+}
+
+// term(0) + ... + term(count - 1) pairwise in index order, for each of the 32 columns of a block of column_threads(), with as many
+// values in shared memory; count <= 2^kLevels. The threads of the first slice get it.
 template <int kLevels, class A, class Term>
 __device__ __forceinline__ A column_sum(std::int64_t count, Term term) {
   const int slice = static_cast<int>(threadIdx.x) / kGradColumns;
-  const std::int64_t padded = power_of_two_at_least(count);
-  const std::int64_t run = padded > kGradSlices ? padded / kGradSlices : 1;
+  const int slices = static_cast<int>(blockDim.x) / kGradColumns;
+  const std::int64_t run = power_of_two_at_least(count) / slices;
   PairwiseSum<A, kLevels - 7> sum;  // of a 16th of the terms, 8 at a time
   for (std::int64_t first = slice * run; first < (slice + 1) * run; first += kGradBatch) {
     A value[kGradBatch];
@@ -66,7 +72,7 @@ __device__ __forceinline__ A column_sum(std::int64_t count, Term term) {
   }
   A* table = reinterpret_cast<A*>(dynamic_smem());
   table[threadIdx.x] = sum.sum();
-  for (int width = 1; width < kGradSlices; width *= 2) {
+  for (int width = 1; width < slices; width *= 2) {
     block_barrier();
     if (slice % (2 * width) == 0) table[threadIdx.x] = table[threadIdx.x] + table[threadIdx.x + width * kGradColumns];
   }
@@ -100,8 +106,8 @@ template <class P, class A>
 void launch_param_grad(const ParamGradParams<A>& params, void* stream) {
   LaunchShape shape;
   shape.blocks = 2 * ceil_div(params.cols, kGradColumns);
-  shape.threads = kGradColumns * kGradSlices;
-  shape.smem = kGradColumns * kGradSlices * sizeof(A);
+  shape.threads = column_threads(params.runs);
+  shape.smem = shape.threads * sizeof(A);
   shape.dependent = dependent_launch();
   launch(param_grad_kernel<P, A>, shape, stream, params);
 }

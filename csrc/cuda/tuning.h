@@ -62,7 +62,14 @@ inline std::size_t forward_shared_bytes(const RowTree& tree, const RowMapping& m
   return 0;
 }
 
-// Rows of up to 16 segments (16384 columns; 8 for odd widths and float64) stay in the registers of one block; wider ones in those
+// Blocks that share a row, of a warp per segment and `most` warps at most; where clusters allow of 8, since a block of 16 has a
+// multiprocessor to itself, which then idles whenever the block waits.
+inline std::int64_t blocks_of_row(std::int64_t segments, std::int64_t most, const Device& device) {
+  const std::int64_t small = power_of_two_at_least(ceil_div(segments, std::min<std::int64_t>(most, 8)));
+  return small <= device.max_cluster ? small : power_of_two_at_least(ceil_div(segments, most));
+}
+
+// Rows of up to 8 segments (8192 columns), 16 where there are no clusters, stay in the registers of one block; wider ones in those
 // of a cluster, else in shared memory, else they are split. None of the thresholds has been tuned on a GPU yet.
 inline RowMapping forward_mapping(const RowTree& tree, std::int64_t rows, int element_size, const Device& device) {
   const std::int64_t segments = tree.segments;
@@ -74,7 +81,7 @@ inline RowMapping forward_mapping(const RowTree& tree, std::int64_t rows, int el
     m.rows_at_once = static_cast<int>(warps * per_warp);
     return m;
   }
-  int blocks = static_cast<int>(power_of_two_at_least(ceil_div(segments, max_warps(element_size, tree.vector))));
+  int blocks = static_cast<int>(blocks_of_row(segments, max_warps(element_size, tree.vector), device));
   // Few wide rows: more blocks a row, so that more multiprocessors share the latency.
   while (blocks * 2 <= device.max_cluster && blocks < 8 && segments / blocks >= 8 && rows * blocks * 4 <= device.sm_count) {
     blocks *= 2;
@@ -125,9 +132,10 @@ inline std::size_t backward_shared_bytes(const RowTree& tree, const RowMapping& 
   return static_cast<std::size_t>(exchange_values(tree, m) + copies * 2 * block_columns(tree, m)) * accumulate_size;
 }
 
-// Rows of up to 16 segments (4096 columns; 8 for odd widths and float64) in one block; wider ones in a cluster, else split. Two
-// segments per warp would double the width of a block but spill. Rows of few segments take several groups of a run at once. None of
-// the thresholds has been tuned on a GPU yet.
+// Rows of up to 16 segments (4096 columns; 8 for odd widths and float64) in one block, whose barrier costs less than a cluster's
+// release, which waits for the row stored before; wider ones in a cluster, else split. Two segments per warp would double the width
+// of a block but spill. Rows of few segments take several groups of a run at once. None of the thresholds has been tuned on a GPU
+// yet.
 inline RowMapping backward_mapping(const RowTree& tree, std::int64_t rows, int element_size, const Device& device) {
   const std::int64_t segments = tree.segments;
   const std::int64_t runs = std::max<std::int64_t>(row_runs(rows), 1);
@@ -138,9 +146,9 @@ inline RowMapping backward_mapping(const RowTree& tree, std::int64_t rows, int e
     m.rows_at_once = static_cast<int>(std::min<std::int64_t>(groups, most * rows_per_warp(tree)));
     return m;
   }
-  std::int64_t blocks = power_of_two_at_least(ceil_div(segments, most));
+  std::int64_t blocks = segments <= most ? 1 : blocks_of_row(segments, most, device);
   // Few runs: more blocks a row, so that more multiprocessors share them.
-  while (blocks * 2 <= device.max_cluster && blocks < 8 && segments / blocks >= 4 && runs * blocks * 4 <= device.sm_count) {
+  while (blocks * 2 <= device.max_cluster && blocks < 8 && segments / blocks >= 4 && runs * blocks * 2 <= device.sm_count) {
     blocks *= 2;
   }
   if (blocks <= device.max_cluster) {

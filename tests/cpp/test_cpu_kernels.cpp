@@ -239,7 +239,7 @@ void schedules() {
             if (option & 2) c.shift = 3, c.gap = 5;
             Forward expected(c);
             cpu::row_forward(norm, expected.args(c), parallel());
-            for (auto schedule : {cpu::RowSchedule::kBatches, cpu::RowSchedule::kFarBatches, cpu::RowSchedule::kPipeline})
+            for (auto schedule : {cpu::RowSchedule::kBatches, cpu::RowSchedule::kMemoryBatches, cpu::RowSchedule::kPipeline})
               for (bool stream : {false, true}) {
                 cpu::ForwardPlan plan;
                 plan.parallel = parallel(), plan.schedule = schedule, plan.stream = stream;
