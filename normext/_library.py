@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
+from torch.fx import Tracer
 
 BACKEND = "_C_emulated" if os.environ.get("NORMEXT_BACKEND", "") == "emulated" else "_C"
 
@@ -82,12 +83,12 @@ def compiling_or_transformed() -> bool:
 
 def traced_leaf(module: torch.nn.Module, input: Any) -> Tensor | None:
     """For symbolic tracing, which gives forward a Proxy and in which torch's own modules are leaves: the call of the module; None
-    where the module is what is traced."""
-    tracer = input.tracer
-    if getattr(tracer, "root", None) is module:
+    where the module is what is traced, or where no tracer knows its name."""
+    tracer: Any = input.tracer
+    if not isinstance(tracer, Tracer) or tracer.root is module:
         return None
-    call: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})
-    return call
+    call: Any = tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})
+    return cast(Tensor, call)
 
 
 def surely(condition: Any) -> bool:

@@ -100,8 +100,9 @@ __global__ void __launch_bounds__(kGradColumns* kGradSlices, 1) grad_sums_kernel
   const bool exists = channel < channels;
 
   dependency_wait();
+  // Up to 2^31 entries: as many as a grid can write.
   const A sum =
-      column_sum<kImageLevels, A>(entries, [&](std::int64_t e) { return exists ? partials[e * channels + channel] : A(0); });
+      column_sum<kImageLevels + 1, A>(entries, [&](std::int64_t e) { return exists ? partials[e * channels + channel] : A(0); });
   if (threadIdx.x >= kGradColumns || !exists) return launch_dependents();
   if (params.grad[which] != nullptr) store_any(params.param_dtype, params.grad[which], channel, sum);
   if (params.sums != nullptr) params.sums[which * channels + channel] = sum;

@@ -110,7 +110,7 @@ void copy(const Tensor& from, const Tensor& to);
 void fill_zero(const Tensor& tensor);
 Tensor contiguous_copy(const Tensor& tensor, DType dtype);
 
-// Makes a CUDA device current while it lives. Nothing is called when it is current already, or for the CPU.
+// Makes a CUDA device current while it lives. Always sets it: torch may have put off telling CUDA.
 class DeviceGuard {
  public:
   explicit DeviceGuard(Device device);
