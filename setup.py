@@ -28,7 +28,7 @@ from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
 TORCH_OLDEST = (2, 10)
-NVCC_OLDEST = (12, 8)  # the first that knows sm_100, sm_120 and --compress-mode
+NVCC_OLDEST = (12, 8)  # the first that knows sm_100 and sm_120
 ARCH_OLDEST = 80
 GIB_PER_JOB = 3  # what one compiler may need
 

@@ -51,13 +51,6 @@ def activation_code(op: str, activation: str | None) -> int:
         raise ValueError(f"{op}: expected activation None, 'relu', 'silu', 'gelu' or 'leaky_relu', got {activation!r}") from None
 
 
-def number(op: str, name: str, value: Any) -> float:
-    """What torch takes for a number, as one: a numpy scalar or a tensor of one value, too."""
-    if isinstance(value, str | bytes) or not hasattr(value, "__float__") or getattr(value, "ndim", 0) != 0:
-        raise TypeError(f"{op}: expected {name} to be a number, got {value!r}")
-    return float(value)
-
-
 def activate(activation: int, z: Tensor) -> Tensor:
     return _FUNCTIONS[activation](z)
 

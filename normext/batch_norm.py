@@ -282,8 +282,8 @@ def tracked_batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps, residual, code, num_batches_tracked
         )
     try:
-        if type(momentum) is not float:
-            momentum = _channel.number("batch_norm", "momentum", momentum)
+        if type(momentum) is not float:  # torch's own parser says what is a number
+            momentum = torch.full((), momentum, dtype=torch.float64).item()
         _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
         result: Tensor
         if is_grad_enabled() and _library.any_requires_grad(input, residual, weight, bias):

@@ -1,7 +1,7 @@
 """What the channel norms must return, in wider arithmetic from the already rounded inputs, and the accuracy contract.
 
 The rules are those of oracle.py: float64 for float32 and 16-bit types, the 80-bit type of x86 for float64; figures are in units
-of the contract (RELIABILITY.md §3.3), 4 is the limit; the kernel's own statistics are never used. Arrays have the shape
+of the contract (README, What it promises), 4 is the limit; the kernel's own statistics are never used. Arrays have the shape
 [batch, groups, channels of a group, spatial]; batch norm has one channel per group, and its slab is a group of all images.
 """
 

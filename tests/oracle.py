@@ -1,7 +1,7 @@
 """What the ops must return, in wider arithmetic from the already rounded inputs, and the accuracy contract.
 
 float16, bfloat16 and float32 are judged in float64, float64 in the 80-bit type of x86. Each `*_error` function returns the
-largest error in units of the contract (RELIABILITY.md §3.3): 4 is the limit, infinity means not finite or wrong where the
+largest error in units of the contract (README, What it promises): 4 is the limit, infinity means not finite or wrong where the
 contract leaves no room. The kernel's own statistics are never used.
 """
 

@@ -157,8 +157,8 @@ MUTANTS = (
     Mutant(
         "channels beyond a whole block not transposed",
         "csrc/cpu/channels_last.inl",
-        "(column + 1 < column_blocks ? c0 + kTransposeBlock : channels) - c0",
-        "(channels < kTransposeBlock ? channels : c0 + kTransposeBlock) - c0",
+        "(column + 1 < column_blocks ? c0 + kOutputBlock : channels) - c0",
+        "(channels < kOutputBlock ? channels : c0 + kOutputBlock) - c0",
         "avx2",
         ("tests/test_instance_last.py",),
     ),

@@ -1,6 +1,7 @@
 """Bad input to the channel norms: torch's class and text, and nothing written before it is refused."""
 
 import importlib
+from fractions import Fraction
 
 import channel_cases as cases
 import numpy as np
@@ -38,6 +39,9 @@ def batch_norm_calls(device):
         "eps None": (x, m, v, w, b, False, 0.1, None),
         "momentum None": (x, m, v, w, b, True, None),
         "momentum a string": (x, m, v, w, b, True, "a"),
+        "momentum a fraction": (x, m, v, w, b, True, Fraction(1, 10)),
+        "momentum an array": (x, m, v, w, b, True, np.array(0.1)),
+        "momentum with a gradient": (x, m, v, w, b, True, torch.tensor(0.1, requires_grad=True)),
         "training an int": (x, m, v, w, b, 1),
         "training None": (x, m, v, w, b, None),
         "int64 input": (x.long(), m, v),

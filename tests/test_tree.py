@@ -15,9 +15,9 @@ import torch
 
 from normext import _library
 
-# The mappings that are legal on the device at hand.
+# The mappings that are legal on the device at hand, or on the emulated one.
 ARCH = 90
-if torch.cuda.is_available():
+if _library.BACKEND == "_C" and torch.cuda.is_available():
     MAJOR, MINOR = torch.cuda.get_device_capability()
     ARCH = 10 * MAJOR + MINOR
 PLAN = partial(_library.C.plan, arch=ARCH)

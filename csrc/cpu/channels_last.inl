@@ -20,8 +20,8 @@ namespace {
 
 constexpr int kRowsAtOnce = 8;                    // of a run; plan.piece is at most 16 times as many
 constexpr std::int64_t kBytesOfTask = 16 * 1024;  // of rows of output that one thread takes at least
-constexpr std::int64_t kTransposeBlock = 64;      // rows, or half of them and more, and channels, or up to twice as many
-static_assert(kTransposeBlock % cpu::kMaxUnit == 0 && kTransposeBlock / 2 >= cpu::kLeastTransposed);
+constexpr std::int64_t kOutputBlock = 64;         // rows, or half of them and more, and channels, or up to twice as many
+static_assert(kOutputBlock % cpu::kMaxUnit == 0 && kOutputBlock / 2 >= cpu::kLeastTransposed);
 
 // Rows that share the scalars of a channel in a pass over all values. From memory two are faster in float32 and wider, and what
 // follows is fetched [Zen 4, given statistics, against a row at a time: 32x256x14x14 162 -> 127 us, 8x144x56x56 473 -> 410], as
@@ -35,7 +35,7 @@ template <class T>
 constexpr int kCacheRows = sizeof(T) == 2 && NORMEXT_VECTOR_BYTES == 64 ? 8 : kSharedRows;
 constexpr std::int64_t kScalarBytes = 16 * 1024;
 template <class T>
-NORMEXT_INLINE bool fetches_far_rows(std::int64_t channels) {
+NORMEXT_INLINE bool fetches_later_rows(std::int64_t channels) {
   return sizeof(T) == 2 || 5 * channels * static_cast<std::int64_t>(sizeof(Accumulate<T>)) <= kScalarBytes;
 }
 // Whether a row is taken at a time instead of two: where next to nothing is in the caches, in float32 and wider, on AMD with AVX2
@@ -44,7 +44,7 @@ template <class T>
 constexpr bool kKnowsSingleRows = sizeof(T) > 2 && NORMEXT_VECTOR_BYTES == 32;
 template <class T>
 NORMEXT_INLINE bool takes_single_rows(const ChannelShape& shape) {
-  return kKnowsSingleRows<T> && cpu::is_amd() && fetches_far_rows<T>(shape.channels) &&
+  return kKnowsSingleRows<T> && cpu::is_amd() && fetches_later_rows<T>(shape.channels) &&
          shape.elements() * static_cast<std::int64_t>(sizeof(T)) > cpu::kMemoryBytes;
 }
 
@@ -59,7 +59,7 @@ NORMEXT_INLINE void fetch_next_rows(const T* p, std::int64_t channels, std::int6
 // present ones out of L1, which has 8 ways on Zen 4 [gradients of batch norm, to L1 and like this: 8x512x28x28 1330 -> 1040 us,
 // 32x256x14x14 729 -> 638; with given statistics 1142 -> 683, 508 -> 461].
 template <class T, int kRows>
-NORMEXT_INLINE void fetch_next_rows(const T* p, std::int64_t channels, std::int64_t c) {
+NORMEXT_INLINE void fetch_later_rows(const T* p, std::int64_t channels, std::int64_t c) {
   if constexpr (sizeof(T) == 2) {
     fetch_next_rows<T, kRows, 3>(p, channels, c);
   } else {
@@ -265,9 +265,9 @@ struct LastForward {
           T* y = static_cast<T*>(args.output) + begin * channels;
           for_units<A>(columns.begin, columns.end, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
             if constexpr (decltype(fetch)::value) {
-              fetch_next_rows<T, kRows>(x, channels, c);
-              fetch_next_rows<T, kRows>(y, channels, c);
-              if (kFused && residual != nullptr) fetch_next_rows<T, kRows>(residual, channels, c);
+              fetch_later_rows<T, kRows>(x, channels, c);
+              fetch_later_rows<T, kRows>(y, channels, c);
+              if (kFused && residual != nullptr) fetch_later_rows<T, kRows>(residual, channels, c);
             }
             apply_unit<kRows>(x + c, at(residual, c), y + c, channels, rows, c, extent);
           });
@@ -283,13 +283,13 @@ struct LastForward {
   __attribute__((noinline)) void apply_transposed(std::int64_t begin, std::int64_t end) const {
     using Element =
         std::conditional_t<sizeof(T) == 2, std::uint16_t, std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>>;
-    alignas(NORMEXT_VECTOR_BYTES) T buffer[kTransposeBlock * 2 * kTransposeBlock];
+    alignas(NORMEXT_VECTOR_BYTES) T buffer[kOutputBlock * 2 * kOutputBlock];
     const std::int64_t row_blocks = transpose_row_blocks(), column_blocks = transpose_column_blocks();
     for (; begin < end; ++begin) {
       const std::int64_t b = begin % row_blocks, column = begin / row_blocks % column_blocks;
       const std::int64_t image = begin / row_blocks / column_blocks;
       const std::int64_t first = b * shape.spatial / row_blocks, count = (b + 1) * shape.spatial / row_blocks - first;
-      const std::int64_t c0 = column * kTransposeBlock, width = (column + 1 < column_blocks ? c0 + kTransposeBlock : channels) - c0;
+      const std::int64_t c0 = column * kOutputBlock, width = (column + 1 < column_blocks ? c0 + kOutputBlock : channels) - c0;
       const T* x = static_cast<const T*>(args.input) + (image * shape.spatial + first) * channels;
       std::int64_t row = 0;
       const auto take = [&](auto how_many) __attribute__((always_inline)) {
@@ -308,10 +308,8 @@ struct LastForward {
     }
   }
   // Blocks of rows are as equal as can be, so never smaller than half; the last of channels has what is left.
-  NORMEXT_INLINE std::int64_t transpose_row_blocks() const { return (shape.spatial + kTransposeBlock - 1) / kTransposeBlock; }
-  NORMEXT_INLINE std::int64_t transpose_column_blocks() const {
-    return channels < kTransposeBlock ? 1 : channels / kTransposeBlock;
-  }
+  NORMEXT_INLINE std::int64_t transpose_row_blocks() const { return (shape.spatial + kOutputBlock - 1) / kOutputBlock; }
+  NORMEXT_INLINE std::int64_t transpose_column_blocks() const { return channels < kOutputBlock ? 1 : channels / kOutputBlock; }
   void transposed_images(std::int64_t begin, std::int64_t end) const {
     const std::int64_t blocks = transpose_row_blocks() * transpose_column_blocks();
     apply_transposed(begin * blocks, end * blocks);
@@ -340,7 +338,7 @@ struct LastForward {
   // Output of tasks [begin, end), as one thread takes them.
   void output(std::int64_t begin, std::int64_t end) const {
     const std::int64_t rows = shape.batch * shape.spatial, task = rows_of_task<T>(channels);
-    const bool from_memory = comes_from_memory<T>(shape) && fetches_far_rows<T>(channels), single = takes_single_rows<T>(shape);
+    const bool from_memory = comes_from_memory<T>(shape) && fetches_later_rows<T>(channels), single = takes_single_rows<T>(shape);
     const auto take = [&](std::int64_t first, std::int64_t last) {
       const std::int64_t from = first * task, to = smaller(last * task, rows);
       if constexpr (kKnowsSingleRows<T>) {

@@ -54,7 +54,7 @@ struct LastBackward {
       constexpr int kRows = decltype(how_many)::value;
       for_units<A>(0, channels, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
         const std::int64_t i = first + row * channels;
-        fetch_next_rows<T, kRows>(input + i, channels, c);
+        fetch_later_rows<T, kRows>(input + i, channels, c);
         value_units<true, kRows>(i, rows, c, extent);
       });
     };
@@ -155,9 +155,9 @@ struct LastBackward {
     const UnitAffine<A> affine = affine_of_channels(rows, c);
     const T* extra[kRows];
     Pair<A> xhat[kRows] = {}, dz[kRows];
-    fetch_next_rows<T, kRows>(grad_output + first, channels, c);
-    if (kInput) fetch_next_rows<T, kRows>(input + first, channels, c);
-    if (args.grad_input != nullptr) fetch_next_rows<T, kRows>(static_cast<const T*>(args.grad_input) + first, channels, c);
+    fetch_later_rows<T, kRows>(grad_output + first, channels, c);
+    if (kInput) fetch_later_rows<T, kRows>(input + first, channels, c);
+    if (args.grad_input != nullptr) fetch_later_rows<T, kRows>(static_cast<const T*>(args.grad_input) + first, channels, c);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const std::int64_t i = first + r * channels + c;

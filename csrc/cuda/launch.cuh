@@ -49,6 +49,7 @@ struct DeviceLimits {
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     const std::string arch = std::to_string(major * 10 + minor);
+    if (major < 8) fail("normext needs a GPU of sm_80 or newer, this is an sm_" + arch + ".");
     fail("normext was not built for this GPU, an sm_" + arch + "; build it again with NORMEXT_CUDA_ARCHS=\"" + arch + "\".");
   }
   fail(std::string("CUDA error in ") + what + ": " + cudaGetErrorString(error) + " (error " +

@@ -69,8 +69,9 @@ inline std::int64_t blocks_of_row(std::int64_t segments, std::int64_t most, cons
   return small <= device.max_cluster ? small : power_of_two_at_least(ceil_div(segments, most));
 }
 
-// Rows of up to 8 segments (8192 columns), 16 where there are no clusters, stay in the registers of one block; wider ones in those
-// of a cluster, else in shared memory, else they are split. None of the thresholds has been tuned on a GPU yet.
+// Rows of up to 8 segments (8192 columns), 16 where there are no clusters but for odd widths and float64, stay in the registers of
+// one block; wider ones in those of a cluster, else in shared memory, else they are split. None of the thresholds has been tuned on
+// a GPU yet.
 inline RowMapping forward_mapping(const RowTree& tree, std::int64_t rows, int element_size, const Device& device) {
   const std::int64_t segments = tree.segments;
   RowMapping m;

@@ -232,8 +232,6 @@ Tensor contiguous_copy(const Tensor& tensor, DType dtype) {
 
 DeviceGuard::DeviceGuard(Device device) {
   if (!device.is_cuda()) return;
-  // Where the device is torch's current one, too: CUDA may not know yet, as torch sets a device without a context on first use
-  // only.
   check(aoti_torch_create_device_guard(device.index, &guard_), "change the current device");
 }
 

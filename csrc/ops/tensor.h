@@ -110,7 +110,8 @@ void copy(const Tensor& from, const Tensor& to);
 void fill_zero(const Tensor& tensor);
 Tensor contiguous_copy(const Tensor& tensor, DType dtype);
 
-// Makes a CUDA device current while it lives. Always sets it: torch may have put off telling CUDA.
+// Makes a CUDA device current while it lives. Torch is asked to even where it says that the device is current already: it may have
+// put off telling CUDA.
 class DeviceGuard {
  public:
   explicit DeviceGuard(Device device);
