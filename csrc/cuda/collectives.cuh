@@ -21,10 +21,10 @@ __device__ __forceinline__ A pairwise(A (&v)[N]) {
 // Sum over the `lanes` (8, 16 or 32) neighbouring lanes that share a row; every lane of the warp must call it.
 template <class A>
 __device__ __forceinline__ A lanes_sum(A value, int lanes) {
+  if (lanes > 16) value = value + shuffle_xor(value, 16);
+  if (lanes > 8) value = value + shuffle_xor(value, 8);
 #pragma unroll
-  for (int mask = 16; mask >= 1; mask /= 2) {
-    if (mask < lanes) value = value + shuffle_xor(value, mask);
-  }
+  for (int mask = 4; mask >= 1; mask /= 2) value = value + shuffle_xor(value, mask);
   return value;
 }
 
@@ -40,6 +40,10 @@ __device__ __forceinline__ A neighbours_sum(A value) {
 // Every 32 terms make a block; lane i of level l holds the i-th block of that level until it is complete.
 template <int kLevels, class A, class Term>
 __device__ __forceinline__ A warp_pairwise(std::int64_t count, Term term) {
+  if (count <= 32) {
+    const int lane = static_cast<int>(lane_id());
+    return neighbours_sum(lane < static_cast<int>(count) ? term(lane) : A(0));
+  }
   A level[kLevels] = {};
   A block = A(0);
   NORMEXT_NO_UNROLL

@@ -36,23 +36,8 @@ struct RowBackwardParams {
   bool float_grad;  // grad_output is float32 while T is a 16-bit type
 };
 
-// Parameter gradients of the columns a lane owns.
-template <class A, int V, int kSlots>
-struct ParamGrad {
-  A weight[kSlots][V];
-  A bias[kSlots][V];
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
-#pragma unroll
-      for (int i = 0; i < V; ++i) weight[s][i] = bias[s][i] = A(0);
-    }
-  }
-};
-
-// x and dy of one segment of one row. The gradient of a 16-bit RMSNorm may be float32 (llama rounding with float32 weights);
-// it is then read twice, from L1 the second time, so that the common case pays no registers for it.
+// x and dy of one segment of one row, as they are stored. The gradient of a 16-bit RMSNorm may be float32 (llama rounding with
+// float32 weights); it is then read where it is used, so that the common case pays no registers for it.
 template <class Norm, class T, int V, int kSlots>
 struct BackwardSegment {
   using A = Accumulate<T>;
@@ -60,58 +45,73 @@ struct BackwardSegment {
   Tile<T, V, kSlots> x;
   Tile<T, V, kSlots> dy;
 
-  __device__ __forceinline__ void load(const RowBackwardParams<A>& params, std::int64_t row, const LaneColumns<V>& columns) {
-    const RowBackwardArgs& args = params.args;
-    x.load(static_cast<const T*>(args.input) + args.input_layout.offset(row), columns, params.input_aligned);
+  // The arguments are the offsets of the row.
+  __device__ __forceinline__ void load(const RowBackwardParams<A>& params, std::int64_t input, std::int64_t grad_output,
+                                       const LaneColumns<V>& columns) {
+    x.load(static_cast<const T*>(params.args.input) + input, columns, params.input_aligned);
     if (kMaybeFloat && params.float_grad) return;
-    dy.load(static_cast<const T*>(args.grad_output) + args.grad_output_layout.offset(row), columns, params.grad_output_aligned);
+    dy.load(static_cast<const T*>(params.args.grad_output) + grad_output, columns, params.grad_output_aligned);
   }
 
   __device__ __forceinline__ void grad_output(const RowBackwardParams<A>& params, std::int64_t row, const LaneColumns<V>& columns,
-                                              int s, A (&out)[V]) const {
+                                              A (&out)[kSlots][V]) const {
     if constexpr (kMaybeFloat) {
       if (params.float_grad) {
         const RowBackwardArgs& args = params.args;
         const float* p = static_cast<const float*>(args.grad_output) + args.grad_output_layout.offset(row) + columns.first;
-        Columns<float, V> wide;
-        if (columns.owns(s)) wide.template load<false>(p + columns.offset(s));
 #pragma unroll
-        for (int i = 0; i < V; ++i) out[i] = wide[i];
+        for (int s = 0; s < kSlots; ++s) {
+          Columns<float, V> wide;
+          if (columns.owns(s)) wide.template load<false>(p + columns.offset(s));
+#pragma unroll
+          for (int i = 0; i < V; ++i) out[s][i] = wide[i];
+        }
         return;
       }
     }
 #pragma unroll
-    for (int i = 0; i < V; ++i) out[i] = dy.slot[s][i];
+    for (int s = 0; s < kSlots; ++s) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) out[s][i] = dy.slot[s][i];
+    }
   }
 };
 
-template <class Norm, class A, class P, int V>
-__device__ __forceinline__ A weight_value(const RowBackwardParams<A>& params, const Columns<P, V>& weight, int i) {
-  return Norm::kCentred ? weight[i] : params.weight_offset + weight[i];
+// The weight a lane needs, offset included.
+template <class Norm, class P, int V, int kSlots, class A>
+__device__ __forceinline__ void load_weight(const RowBackwardParams<A>& params, const LaneColumns<V>& columns,
+                                            A (&weight)[kSlots][V]) {
+  Tile<P, V, kSlots> tile;
+  tile.load_or(static_cast<const P*>(params.args.weight), columns, params.weight_aligned, 1.0f);
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) weight[s][i] = Norm::kCentred ? tile.slot[s][i] : params.weight_offset + tile.slot[s][i];
+  }
 }
 
 template <class A>
 struct RowSums {
-  A g;   // sum of g
+  A g;   // sum of g, which only a centred norm needs
   A gx;  // sum of g * xhat
 };
 
-template <class A>
+template <class Norm, class A>
 __device__ __forceinline__ void put_sums(A* table, std::int64_t segments, std::int64_t s, RowSums<A> sums) {
-  table[s] = sums.g;
+  if constexpr (Norm::kCentred) table[s] = sums.g;
   table[segments + s] = sums.gx;
 }
 
 // Every warp's sums into the table of its block, or of all `blocks` blocks of the cluster. The caller alternates between two
 // tables, so one barrier per row is enough.
-template <class A>
+template <class Norm, class A>
 __device__ __forceinline__ void exchange_sums(A* table, std::int64_t segments, std::int64_t segment, int lane, int blocks,
                                               RowSums<A> sums) {
   if (blocks > 1) {
-    if (lane < blocks && segment < segments) put_sums(peer_smem(table, static_cast<unsigned>(lane)), segments, segment, sums);
+    if (lane < blocks && segment < segments) put_sums<Norm>(peer_smem(table, static_cast<unsigned>(lane)), segments, segment, sums);
     cluster_barrier();
   } else {
-    if (lane == 0 && segment < segments) put_sums(table, segments, segment, sums);
+    if (lane == 0 && segment < segments) put_sums<Norm>(table, segments, segment, sums);
     block_barrier();
   }
 }
@@ -124,72 +124,113 @@ __device__ __forceinline__ RowSums<A> merge_sums(const A* table, std::int64_t se
   return {g, warp_pairwise<kLevels, A>(segments, [&](std::int64_t s) { return table[segments + s]; })};
 }
 
+// What both the sums and dx are made of.
+template <class A, int V, int kSlots>
+struct BackwardValues {
+  A dy[kSlots][V];
+  A xhat[kSlots][V];
+  A g[kSlots][V];  // dy * weight
+};
+
+template <class Norm, class T, int V, int kSlots, class A>
+__device__ __forceinline__ void compute_values(const BackwardSegment<Norm, T, V, kSlots>& segment, const A (&weight)[kSlots][V],
+                                               const RowBackwardParams<A>& params, std::int64_t row, const LaneColumns<V>& columns,
+                                               const typename Norm::template Row<A>& stats, BackwardValues<A, V, kSlots>& out) {
+  segment.grad_output(params, row, columns, out.dy);
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      out.xhat[s][i] = Norm::template normalise<A>(segment.x.slot[s][i], stats);
+      out.g[s][i] = out.dy[s][i] * weight[s][i];
+    }
+  }
+}
+
 // This lane's share of the two sums of a segment.
-template <class Norm, class T, class P, int V, int kSlots, class A>
-__device__ __forceinline__ RowSums<A> lane_sums(const BackwardSegment<Norm, T, V, kSlots>& segment,
-                                                const Tile<P, V, kSlots>& weight, const RowBackwardParams<A>& params,
-                                                std::int64_t row, const LaneColumns<V>& columns,
-                                                const typename Norm::template Row<A>& stats) {
+template <class Norm, class A, int V, int kSlots>
+__device__ __forceinline__ RowSums<A> lane_sums(const BackwardValues<A, V, kSlots>& values, const LaneColumns<V>& columns) {
   A g[kSlots];
   A gx[kSlots];
 #pragma unroll
   for (int s = 0; s < kSlots; ++s) {
     A gs[V];
     A products[V];
-    A dy[V];
-    segment.grad_output(params, row, columns, s, dy);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const A xhat = Norm::template normalise<A>(segment.x.slot[s][i], stats);
-      const A value = dy[i] * weight_value<Norm>(params, weight.slot[s], i);
-      gs[i] = columns.owns(s) ? value : A(0);
-      products[i] = columns.owns(s) ? value * xhat : A(0);
+      gs[i] = values.g[s][i];
+      products[i] = values.g[s][i] * values.xhat[s][i];
     }
-    g[s] = pairwise(gs);
-    gx[s] = pairwise(products);
+    g[s] = Norm::kCentred && columns.owns(s) ? pairwise(gs) : A(0);
+    gx[s] = columns.owns(s) ? pairwise(products) : A(0);
   }
   return {pairwise(g), pairwise(gx)};
 }
 
-// Adds the parameter gradients of one segment and stores its dx.
-template <class Norm, class T, class P, int V, int kSlots, class A>
-__device__ __forceinline__ void finish_segment(BackwardSegment<Norm, T, V, kSlots>& segment, const Tile<P, V, kSlots>& weight,
-                                               const RowBackwardParams<A>& params, std::int64_t row, const LaneColumns<V>& columns,
-                                               const typename Norm::template Row<A>& stats, RowSums<A> mean,
-                                               ParamGrad<A, V, kSlots>& grads) {
-  const RowBackwardArgs& args = params.args;
-  segment.x.forget();
-  segment.dy.forget();
-  Tile<T, V, kSlots> residual;
-  if (args.grad_input != nullptr) {
-    const T* p = static_cast<const T*>(args.grad_residual_out);
-    if (p != nullptr) p += args.grad_residual_out_layout.offset(row);
-    residual.load_or(p, columns, params.grad_residual_aligned, 0.0f);
+// Parameter gradients of the columns a lane owns.
+template <class Norm, class T, int V, int kSlots>
+struct ParamGrad {
+  using A = Accumulate<T>;
+  A weight[kSlots][V];
+  A bias[kSlots][V];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) weight[s][i] = bias[s][i] = A(0);
+    }
   }
+  __device__ __forceinline__ void add(const BackwardValues<A, V, kSlots>& values, const LaneColumns<V>& columns,
+                                      Rounding rounding) {
+    if (!Norm::kCentred && rounding == Rounding::kLlama) {
+      add_scaled(values, columns, [](A xhat) { return to_accumulate(from_accumulate<T>(xhat)); });
+    } else {
+      add_scaled(values, columns, [](A xhat) { return xhat; });
+    }
+  }
+
+ private:
+  template <class Scaled>
+  __device__ __forceinline__ void add_scaled(const BackwardValues<A, V, kSlots>& values, const LaneColumns<V>& columns,
+                                             Scaled scaled) {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      if (!columns.owns(s)) continue;
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        weight[s][i] = fma(values.dy[s][i], scaled(values.xhat[s][i]), weight[s][i]);
+        if constexpr (Norm::kCentred) bias[s][i] = bias[s][i] + values.dy[s][i];
+      }
+    }
+  }
+};
+
+// dx of one segment; `residual` is the gradient that reaches x past the norm, if there is one.
+template <class Norm, class T, int V, int kSlots, class A>
+__device__ __forceinline__ void store_grad_input(const BackwardValues<A, V, kSlots>& values, const Tile<T, V, kSlots>& residual,
+                                                 const RowBackwardParams<A>& params, std::int64_t row,
+                                                 const LaneColumns<V>& columns, const typename Norm::template Row<A>& stats,
+                                                 RowSums<A> mean) {
+  A dx[kSlots][V];
 #pragma unroll
   for (int s = 0; s < kSlots; ++s) {
-    A dy[V];
-    A dx[V];
-    segment.grad_output(params, row, columns, s, dy);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const A xhat = Norm::template normalise<A>(segment.x.slot[s][i], stats);
-      const A g = dy[i] * weight_value<Norm>(params, weight.slot[s], i);
-      A scaled = xhat;
-      if constexpr (!Norm::kCentred) {
-        if (args.rounding == Rounding::kLlama) scaled = to_accumulate(from_accumulate<T>(xhat));
-      }
-      if (columns.owns(s)) {
-        grads.weight[s][i] = fma(dy[i], scaled, grads.weight[s][i]);
-        if constexpr (Norm::kCentred) grads.bias[s][i] = grads.bias[s][i] + dy[i];
-      }
-      dx[i] = Norm::template gradient<A>(g, xhat, stats, mean.g, mean.gx) + residual.slot[s][i];
+      dx[s][i] = Norm::template gradient<A>(values.g[s][i], values.xhat[s][i], stats, mean.g, mean.gx);
     }
-    segment.x.slot[s].assign(dx);
   }
-  if (args.grad_input != nullptr) {
-    segment.x.store(static_cast<T*>(args.grad_input) + row * args.cols, columns, params.grad_input_aligned);
+  if (params.args.grad_residual_out != nullptr) {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) dx[s][i] = dx[s][i] + residual.slot[s][i];
+    }
   }
+  Tile<T, V, kSlots> out;
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s) out.slot[s].assign(dx[s]);
+  out.store(static_cast<T*>(params.args.grad_input) + row * params.args.cols, columns, params.grad_input_aligned);
 }
 
 template <class Norm, class A>
@@ -209,8 +250,21 @@ struct BackwardRow {
   BackwardSegment<Norm, T, V, kSlots> data;
   typename Norm::template Row<A> stats;
 
+  __device__ __forceinline__ BackwardRow(const RowBackwardParams<A>& params, std::int64_t row, const LaneColumns<V>& columns)
+      : input_(params.args.input_layout.offset(row)), grad_output_(params.args.grad_output_layout.offset(row)) {
+    load(params, row, columns);
+  }
+  __device__ __forceinline__ void load_next(const RowBackwardParams<A>& params, std::int64_t row, const LaneColumns<V>& columns) {
+    input_ = params.args.input_layout.next_offset(input_, row);
+    grad_output_ = params.args.grad_output_layout.next_offset(grad_output_, row);
+    load(params, row, columns);
+  }
+
+ private:
+  std::int64_t input_, grad_output_;
+
   __device__ __forceinline__ void load(const RowBackwardParams<A>& params, std::int64_t row, const LaneColumns<V>& columns) {
-    data.load(params, row, columns);
+    data.load(params, input_, grad_output_, columns);
     stats = saved_row<Norm, A>(params.args, row);
   }
 };
@@ -238,9 +292,9 @@ __device__ __forceinline__ void fold(A* total, A value, bool first) {
 }
 
 // After every 16 rows: the groups' sums into the block's totals, in index order.
-template <class Norm, int V, int kSlots, class A>
+template <class Norm, class T, int V, int kSlots, class A>
 __device__ __forceinline__ void fold_groups(const BackwardShared<A>& shared, const RowMapping& mapping,
-                                            const ParamGrad<A, V, kSlots>& grads, const LaneColumns<V>& columns,
+                                            const ParamGrad<Norm, T, V, kSlots>& grads, const LaneColumns<V>& columns,
                                             std::int64_t block_start, int team, int groups, bool first) {
   const bool alone = mapping.rows_at_once == 1;
   A* mine = alone ? shared.total : shared.group + team * 2 * shared.columns;
@@ -277,6 +331,7 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
   const bool params_wanted =
       params.phase != BackwardPhase::kSums && (params.weight_partial != nullptr || params.bias_partial != nullptr);
   const bool sums_wanted = args.grad_input != nullptr && params.phase != BackwardPhase::kApply;
+  const bool has_residual = args.grad_residual_out != nullptr && args.grad_input != nullptr && params.phase != BackwardPhase::kSums;
   const BackwardShared<A> shared(tree, mapping);
 
   const int lane = static_cast<int>(lane_id()) % tree.lanes;
@@ -295,46 +350,56 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
   const std::int64_t segment = several ? part * mapping.warps + warp % mapping.warps : 0;
   const LaneColumns<V> columns = lane_columns<V>(tree, segment, lane, in_team && segment < tree.segments);
   dependency_wait();
-  Tile<P, V, kSlots> weight;
-  weight.load_or(static_cast<const P*>(args.weight), columns, params.weight_aligned, 1.0f);
+  A weight[kSlots][V];
+  load_weight<Norm, P>(params, columns, weight);
 
   if (cluster) cluster_wait();
-  int parity = 0;
+  const int table_values = static_cast<int>(mapping.rows_at_once * 2 * tree.segments);  // of the two tables that take turns
+  A* const tables = shared.exchange + team * 2 * tree.segments;
+  int turn = 0;
   for (int base = 0; base < groups; base += mapping.rows_at_once) {
-    ParamGrad<A, V, kSlots> grads;
+    ParamGrad<Norm, T, V, kSlots> grads;
     grads.clear();
     const int first_row = (base + team) * kGroupRows;
     const int team_rows = in_team ? run_rows - first_row : 0;  // 0 or less: this team only takes part in the barriers
-    const auto row_of = [&](int r) { return run_start + (r < team_rows ? first_row + r : 0); };
-    const auto columns_of = [&](int r) { return LaneColumns<V>{columns.first, r < team_rows ? columns.left : 0}; };
-    BackwardRow<Norm, T, V, kSlots> next;
-    next.load(params, row_of(0), columns_of(0));
-    for (int r = 0; r < kGroupRows && base * kGroupRows + r < run_rows; ++r) {
-      const std::int64_t row = row_of(r);
-      const LaneColumns<V> here = columns_of(r);
-      BackwardSegment<Norm, T, V, kSlots> data = next.data;
+    const bool has_rows = team_rows > 0;
+    std::int64_t row = run_start + (has_rows ? first_row : 0);
+    std::int64_t residual_offset = args.grad_residual_out_layout.offset(row);
+    BackwardRow<Norm, T, V, kSlots> next(params, row, LaneColumns<V>{columns.first, has_rows ? columns.left : 0});
+    for (int r = 0; r < kGroupRows && base * kGroupRows + r < run_rows; ++r, row += r < team_rows) {
+      const LaneColumns<V> here{columns.first, r < team_rows ? columns.left : 0};
+      const BackwardSegment<Norm, T, V, kSlots> data = next.data;
       const Row stats = next.stats;
-      if (r + 1 < kGroupRows && r + 1 < team_rows) next.load(params, row_of(r + 1), columns);
+      Tile<T, V, kSlots> residual;
+      if (has_residual) {
+        residual.load(static_cast<const T*>(args.grad_residual_out) + residual_offset, here, params.grad_residual_aligned);
+        residual_offset = args.grad_residual_out_layout.next_offset(residual_offset, row + 1);
+      }
+      if (r + 1 < kGroupRows && r + 1 < team_rows) next.load_next(params, row + 1, columns);
+      BackwardValues<A, V, kSlots> values;
+      compute_values<Norm>(data, weight, params, row, here, stats, values);
       RowSums<A> sums{A(0), A(0)};
       if (sums_wanted) {
-        sums = lane_sums<Norm>(data, weight, params, row, here, stats);
+        sums = lane_sums<Norm>(values, here);
         if constexpr (Norm::kCentred) sums.g = lanes_sum(sums.g, tree.lanes);
         sums.gx = lanes_sum(sums.gx, tree.lanes);
         if (params.phase == BackwardPhase::kSums) {
-          if (lane == 0 && here.left > 0) put_sums(params.row_sums + row * 2 * tree.segments, tree.segments, segment, sums);
+          if (lane == 0 && here.left > 0) put_sums<Norm>(params.row_sums + row * 2 * tree.segments, tree.segments, segment, sums);
           continue;
         }
         if (several) {
-          A* table = shared.exchange + (parity * mapping.rows_at_once + team) * 2 * tree.segments;
-          exchange_sums(table, tree.segments, segment, lane, cluster ? mapping.blocks_per_row : 1, sums);
+          A* table = tables + turn;
+          exchange_sums<Norm>(table, tree.segments, segment, lane, cluster ? mapping.blocks_per_row : 1, sums);
           sums = merge_sums<Norm, kClusterLevels>(table, tree.segments);
-          parity ^= 1;
+          turn = table_values - turn;
         }
       } else if (args.grad_input != nullptr) {
         sums = merge_sums<Norm, kSplitLevels>(params.row_sums + row * 2 * tree.segments, tree.segments);
       }
+      grads.add(values, here, args.rounding);
+      if (args.grad_input == nullptr) continue;
       const A cols = static_cast<A>(tree.cols);
-      finish_segment<Norm>(data, weight, params, row, here, stats, {sums.g / cols, sums.gx / cols}, grads);
+      store_grad_input<Norm>(values, residual, params, row, here, stats, {sums.g / cols, sums.gx / cols});
     }
     if (params_wanted) {
       fold_groups<Norm>(shared, mapping, grads, columns, block_start, team,
