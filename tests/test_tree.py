@@ -44,10 +44,10 @@ def legal_mappings(direction, dtype, rows, cols):
     """Every mapping that plan() accepts, out of all combinations of some numbers: powers of two and one or two others."""
     segments = PLAN(direction, name(dtype), rows, cols)["segments"]
     exact = {-(-segments // warps) for warps in (1, 3, 8, 16)}  # blocks that just cover the row
-    for tier, warps, at_once, blocks in itertools.product(
-        TIERS, (1, 2, 3, 4, 6, 8, 16), (1, 2, 3, 4, 8, 16, 64), sorted({1, 2, 4, 8, 16} | exact)
+    for tier, warps, at_once, blocks, repeats in itertools.product(
+        TIERS, (1, 2, 3, 4, 6, 8, 16), (1, 2, 3, 4, 8, 16, 64), sorted({1, 2, 4, 8, 16} | exact), (1, 3)
     ):
-        mapping = {"tier": tier, "warps": warps, "rows_at_once": at_once, "blocks_per_row": blocks}
+        mapping = {"tier": tier, "warps": warps, "rows_at_once": at_once, "blocks_per_row": blocks, "repeats": repeats}
         try:
             PLAN(direction, name(dtype), rows, cols, override=mapping)
         except RuntimeError:

@@ -16,16 +16,17 @@ enum class Direction : int { kForward, kBackward };
 
 struct RowTree {
   std::int64_t cols;
-  std::int64_t segments;  // ceil(cols / 1024) forward, ceil(cols / 256) backward; the last ones may be short or empty
+  int segments;           // ceil(cols / 1024) forward, ceil(cols / 256) backward
   int vector;             // consecutive columns per access: the largest power of two that divides cols, 16 bytes at most
   int lanes;              // 32, or 8 or 16 for rows of at most 8 or 16 vectors
   int slots;              // vectors per lane and segment
+  int full_segments;      // the next one has `rest` columns, those behind it none
+  int rest;
 
   NORMEXT_HOST_DEVICE constexpr int segment_cols() const { return vector * lanes * slots; }
   // Columns of segment s that exist.
-  NORMEXT_HOST_DEVICE constexpr int count(std::int64_t s) const {
-    const std::int64_t left = cols - s * segment_cols();
-    return left <= 0 ? 0 : (left < segment_cols() ? static_cast<int>(left) : segment_cols());
+  NORMEXT_HOST_DEVICE constexpr int count(int s) const {
+    return s < full_segments ? segment_cols() : (s == full_segments ? rest : 0);
   }
 };
 
@@ -45,7 +46,14 @@ constexpr RowTree row_tree(Direction direction, std::int64_t cols, int element_s
   const std::int64_t segments = ceil_div(cols > 0 ? cols : 1, direction == Direction::kForward ? 1024 : 256);
   const int lanes = vectors <= 8 ? 8 : (vectors <= 16 ? 16 : 32);
   const int slots = static_cast<int>(ceil_div(vectors > 0 ? vectors : 1, lanes * segments));
-  return RowTree{cols, segments, vector, lanes, slots};
+  const int segment_cols = vector * lanes * slots;
+  return {cols,
+          static_cast<int>(segments),
+          vector,
+          lanes,
+          slots,
+          static_cast<int>(cols / segment_cols),
+          static_cast<int>(cols % segment_cols)};
 }
 
 }  // namespace normext

@@ -38,20 +38,16 @@ __device__ __forceinline__ A neighbours_sum(A value) {
 
 // sum(term(0), ..., term(count - 1)) pairwise in index order, by one whole warp; every lane gets it. count <= 32^(kLevels+1).
 // Every 32 terms make a block; lane i of level l holds the i-th block of that level until it is complete.
-template <int kLevels, class A, class Term>
-__device__ __forceinline__ A warp_pairwise(std::int64_t count, Term term) {
-  if (count <= 32) {
-    const int lane = static_cast<int>(lane_id());
-    return neighbours_sum(lane < static_cast<int>(count) ? term(lane) : A(0));
-  }
+template <int kLevels, class A, class Count, class Term>
+__device__ __forceinline__ A warp_pairwise_blocks(Count count, Term term) {
   A level[kLevels] = {};
   A block = A(0);
   NORMEXT_NO_UNROLL
-  for (std::int64_t first = 0; first < count; first += 32) {
-    const std::int64_t i = first + lane_id();
+  for (Count first = 0; first < count; first += 32) {
+    const Count i = first + static_cast<int>(lane_id());
     block = neighbours_sum(i < count ? term(i) : A(0));
     const bool last = first + 32 >= count;
-    std::int64_t index = first / 32;
+    Count index = first / 32;
     bool complete = last ? count > 32 : true;
 #pragma unroll
     for (int l = 0; l < kLevels; ++l) {
@@ -67,6 +63,14 @@ __device__ __forceinline__ A warp_pairwise(std::int64_t count, Term term) {
   return block;
 }
 
+// The same, without a loop where a lane has one term at most.
+template <int kLevels, class A, class Count, class Term>
+__device__ __forceinline__ A warp_pairwise(Count count, Term term) {
+  if (count > 32) return warp_pairwise_blocks<kLevels, A>(count, term);
+  const int lane = static_cast<int>(lane_id());
+  return neighbours_sum(lane < static_cast<int>(count) ? term(lane) : A(0));
+}
+
 constexpr int kClusterLevels = 1;  // up to 1024 segments: more than the 512 that a cluster holds
 constexpr int kSplitLevels = 4;    // up to 2^25 segments
 
@@ -77,12 +81,12 @@ struct SegmentStats {
   Moments<A> moments;
 
   // `segments` entries of each value, one value after the other.
-  __device__ __forceinline__ void put(A* table, std::int64_t segments, std::int64_t s) const {
+  __device__ __forceinline__ void put(A* table, int segments, int s) const {
     table[s] = moments.mean;
     table[segments + s] = moments.correction;
     table[2 * segments + s] = moments.m2;
   }
-  __device__ __forceinline__ static SegmentStats get(const A* table, std::int64_t segments, std::int64_t s) {
+  __device__ __forceinline__ static SegmentStats get(const A* table, int segments, int s) {
     return {{table[s], table[segments + s], table[2 * segments + s]}};
   }
 };
@@ -92,33 +96,40 @@ struct SegmentStats<Norm, A, false> {
   static constexpr int kValues = 1;
   A sum_x2;
 
-  __device__ __forceinline__ void put(A* table, std::int64_t, std::int64_t s) const { table[s] = sum_x2; }
-  __device__ __forceinline__ static SegmentStats get(const A* table, std::int64_t, std::int64_t s) { return {table[s]}; }
+  __device__ __forceinline__ void put(A* table, int, int s) const { table[s] = sum_x2; }
+  __device__ __forceinline__ static SegmentStats get(const A* table, int, int s) { return {table[s]}; }
 };
 
 // The merge of norms/stats.h: sums over all segments pairwise in index order, by one whole warp; every lane gets the row. From a
 // table in shared or global memory or, if `single`, from the one segment that registers hold.
 template <class Norm, int kLevels, class A>
-__device__ __forceinline__ typename Norm::template Row<A> merge_segments(const RowTree& tree, A eps, bool single,
+__device__ __forceinline__ typename Norm::template Row<A> merge_segments(const RowTree& tree, A cols, A eps, bool single,
                                                                          const SegmentStats<Norm, A>& only, const A* table) {
   using Stats = SegmentStats<Norm, A>;
-  const A cols = static_cast<A>(tree.cols);
+  const auto count = [&](int s) { return static_cast<A>(tree.count(s)); };
+  // Where a lane has one segment at most, it keeps it.
+  const bool few = tree.segments <= kWarpSize;
+  const int lane = static_cast<int>(lane_id());
+  const bool has_segment = lane < tree.segments;
+  Stats mine = only;
+  A n = cols;
+  if (!single && few && has_segment) {
+    mine = Stats::get(table, tree.segments, lane);
+    n = count(lane);
+  }
   const auto sum = [&](auto term) {
-    if (single) return term(only, 0);
-    return warp_pairwise<kLevels, A>(tree.segments, [&](std::int64_t s) { return term(Stats::get(table, tree.segments, s), s); });
+    if (single) return term(mine, n);
+    if (few) return neighbours_sum(has_segment ? term(mine, n) : A(0));
+    return warp_pairwise_blocks<kLevels, A>(
+        tree.segments, [&](int s) { return term(Stats::get(table, tree.segments, s), count(s)); });
   };
   if constexpr (Norm::kCentred) {
     const A pivot = single ? only.moments.mean : table[0];
-    const A merged = sum([&](const Stats& segment, std::int64_t s) {
-                       return static_cast<A>(tree.count(s)) * relative_mean(segment.moments, pivot);
-                     }) /
-                     cols;
-    const A m2 = sum([&](const Stats& segment, std::int64_t s) {
-      return centred_square(segment.moments, static_cast<A>(tree.count(s)), pivot, merged);
-    });
+    const A merged = sum([&](const Stats& s, A values) { return values * relative_mean(s.moments, pivot); }) / cols;
+    const A m2 = sum([&](const Stats& s, A values) { return centred_square(s.moments, values, pivot, merged); });
     return finish_centred(pivot, merged, m2, cols, eps);
   } else {
-    return Norm::finish(sum([](const Stats& segment, std::int64_t) { return segment.sum_x2; }), cols, eps);
+    return Norm::finish(sum([](const Stats& s, A) { return s.sum_x2; }), cols, eps);
   }
 }
 

@@ -26,7 +26,8 @@ struct RowBackwardParams {
   RowBackwardArgs args;
   RowTree tree;
   RowMapping mapping;
-  A weight_offset;
+  RowDivisors by;
+  A cols, weight_offset;
   std::int64_t runs;
   BackwardPhase phase;
   A* row_sums;        // kSplit: [rows][2][segments]
@@ -97,7 +98,7 @@ struct RowSums {
 };
 
 template <class Norm, class A>
-__device__ __forceinline__ void put_sums(A* table, std::int64_t segments, std::int64_t s, RowSums<A> sums) {
+__device__ __forceinline__ void put_sums(A* table, int segments, int s, RowSums<A> sums) {
   if constexpr (Norm::kCentred) table[s] = sums.g;
   table[segments + s] = sums.gx;
 }
@@ -105,7 +106,7 @@ __device__ __forceinline__ void put_sums(A* table, std::int64_t segments, std::i
 // Every warp's sums into the table of its block, or of all `blocks` blocks of the cluster. The caller alternates between two
 // tables, so one barrier per row is enough.
 template <class Norm, class A>
-__device__ __forceinline__ void exchange_sums(A* table, std::int64_t segments, std::int64_t segment, int lane, int blocks,
+__device__ __forceinline__ void exchange_sums(A* table, int segments, int segment, int lane, int blocks,
                                               RowSums<A> sums) {
   if (blocks > 1) {
     if (lane < blocks && segment < segments) put_sums<Norm>(peer_smem(table, static_cast<unsigned>(lane)), segments, segment, sums);
@@ -118,10 +119,10 @@ __device__ __forceinline__ void exchange_sums(A* table, std::int64_t segments, s
 
 // Sums over all segments, pairwise in index order, by one whole warp.
 template <class Norm, int kLevels, class A>
-__device__ __forceinline__ RowSums<A> merge_sums(const A* table, std::int64_t segments) {
+__device__ __forceinline__ RowSums<A> merge_sums(const A* table, int segments) {
   A g = A(0);
-  if constexpr (Norm::kCentred) g = warp_pairwise<kLevels, A>(segments, [&](std::int64_t s) { return table[s]; });
-  return {g, warp_pairwise<kLevels, A>(segments, [&](std::int64_t s) { return table[segments + s]; })};
+  if constexpr (Norm::kCentred) g = warp_pairwise<kLevels, A>(segments, [&](int s) { return table[s]; });
+  return {g, warp_pairwise<kLevels, A>(segments, [&](int s) { return table[segments + s]; })};
 }
 
 // What both the sums and dx are made of.
@@ -290,6 +291,19 @@ template <class A>
 __device__ __forceinline__ void fold(A* total, A value, bool first) {
   *total = first ? value : *total + value;
 }
+// V of them. In wide accesses: neighbouring lanes are V values apart, so single ones would meet in a few banks.
+template <class A, int V>
+__device__ __forceinline__ void fold(A* total, const A (&values)[V], bool first) {
+  constexpr int kPack = V * sizeof(A) <= 16 ? V : 16 / static_cast<int>(sizeof(A));
+#pragma unroll
+  for (int p = 0; p < V; p += kPack) {
+    A sum[kPack];
+    const Pack<A, kPack> before = first ? Pack<A, kPack>{} : load_pack<A, kPack>(total + p);
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) sum[i] = first ? values[p + i] : before.get(i) + values[p + i];
+    store_pack(total + p, pack_from_accumulate<A, kPack>(sum));
+  }
+}
 
 // After every 16 rows: the groups' sums into the block's totals, in index order.
 template <class Norm, class T, int V, int kSlots, class A>
@@ -302,11 +316,8 @@ __device__ __forceinline__ void fold_groups(const BackwardShared<A>& shared, con
   for (int s = 0; s < kSlots; ++s) {
     if (!columns.owns(s)) continue;
     A* place = mine + (columns.first + columns.offset(s) - block_start);
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      fold(place + i, grads.weight[s][i], first || !alone);
-      if constexpr (Norm::kCentred) fold(place + shared.columns + i, grads.bias[s][i], first || !alone);
-    }
+    fold(place, grads.weight[s], first || !alone);
+    if constexpr (Norm::kCentred) fold(place + shared.columns, grads.bias[s], first || !alone);
   }
   if (alone) return;
   block_barrier();
@@ -334,11 +345,12 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
   const bool has_residual = args.grad_residual_out != nullptr && args.grad_input != nullptr && params.phase != BackwardPhase::kSums;
   const BackwardShared<A> shared(tree, mapping);
 
-  const int lane = static_cast<int>(lane_id()) % tree.lanes;
+  const RowDivisors& by = params.by;
+  const int lane = static_cast<int>(lane_id()) & (tree.lanes - 1);
   const int warp = warp_id();
-  const int team = several ? warp / mapping.warps : static_cast<int>(threadIdx.x) / tree.lanes;
-  const std::int64_t part = blockIdx.x % mapping.blocks_per_row;
-  const std::int64_t run = blockIdx.x / mapping.blocks_per_row;
+  const int team = several ? by.warps.divide(warp) : by.lanes.divide(threadIdx.x);
+  const std::int64_t run = by.blocks.divide(blockIdx.x);
+  const int part = static_cast<int>(blockIdx.x - run * mapping.blocks_per_row);
   const std::int64_t run_start = run_begin(args.rows, params.runs, run);
   const int run_rows = static_cast<int>(run_begin(args.rows, params.runs, run + 1) - run_start);
   const int groups = static_cast<int>(ceil_div(run_rows, kGroupRows));
@@ -347,14 +359,14 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
 
   // Shared memory of a peer may be written only once the peer runs: say so now, ask before the first row.
   if (cluster) cluster_arrive();
-  const std::int64_t segment = several ? part * mapping.warps + warp % mapping.warps : 0;
+  const int segment = several ? (part - team) * mapping.warps + warp : 0;
   const LaneColumns<V> columns = lane_columns<V>(tree, segment, lane, in_team && segment < tree.segments);
   dependency_wait();
   A weight[kSlots][V];
   load_weight<Norm, P>(params, columns, weight);
 
   if (cluster) cluster_wait();
-  const int table_values = static_cast<int>(mapping.rows_at_once * 2 * tree.segments);  // of the two tables that take turns
+  const int table_values = mapping.rows_at_once * 2 * tree.segments;  // of the two tables that take turns
   A* const tables = shared.exchange + team * 2 * tree.segments;
   int turn = 0;
   for (int base = 0; base < groups; base += mapping.rows_at_once) {
@@ -398,8 +410,7 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
       }
       grads.add(values, here, args.rounding);
       if (args.grad_input == nullptr) continue;
-      const A cols = static_cast<A>(tree.cols);
-      store_grad_input<Norm>(values, residual, params, row, here, stats, {sums.g / cols, sums.gx / cols});
+      store_grad_input<Norm>(values, residual, params, row, here, stats, {sums.g / params.cols, sums.gx / params.cols});
     }
     if (params_wanted) {
       fold_groups<Norm>(shared, mapping, grads, columns, block_start, team,

@@ -47,6 +47,8 @@ RowBackwardParams<A> row_backward_params(const RowBackwardArgs& args, const RowB
   params.args = args;
   params.tree = plan.tree;
   params.mapping = plan.mapping;
+  params.by = RowDivisors(plan.tree, plan.mapping);
+  params.cols = static_cast<A>(args.cols);
   params.runs = plan.runs;
   params.weight_offset = static_cast<A>(args.weight_offset);
   params.row_sums = static_cast<A*>(workspace);

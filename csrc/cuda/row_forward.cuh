@@ -22,7 +22,8 @@ struct RowForwardParams {
   RowForwardArgs args;
   RowTree tree;
   RowMapping mapping;
-  A eps, alpha, weight_offset;
+  RowDivisors by;
+  A cols, eps, alpha, weight_offset;
   void* partials;          // kSplit: [rows][values][segments]
   bool input_aligned;      // input and residual: vector accesses are legal
   bool output_aligned;     // output and residual_out
@@ -58,14 +59,15 @@ __device__ __forceinline__ void load_rows(Tile<T, V, kSlots>& x, const RowForwar
 template <class Norm, class T, int V, int kSlots, class A = Accumulate<T>>
 __device__ __forceinline__ SegmentStats<Norm, A> segment_stats(Tile<T, V, kSlots>& x, const LaneColumns<V>& columns, int lanes,
                                                                A count) {
-  A sums[kSlots];
+  A sums[kSlots] = {};
   A values[V];
   if constexpr (!Norm::kCentred) {
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
+      if (!columns.owns(s)) continue;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const A value = columns.owns(s) ? x.slot[s][i] : A(0);
+        const A value = x.slot[s][i];
         values[i] = value * value;
       }
       sums[s] = pairwise(values);
@@ -74,20 +76,23 @@ __device__ __forceinline__ SegmentStats<Norm, A> segment_stats(Tile<T, V, kSlots
   } else {
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
+      if (!columns.owns(s)) continue;
 #pragma unroll
-      for (int i = 0; i < V; ++i) values[i] = columns.owns(s) ? x.slot[s][i] : A(0);
+      for (int i = 0; i < V; ++i) values[i] = x.slot[s][i];
       sums[s] = pairwise(values);
     }
     const A divisor = count > A(0) ? count : A(1);
     const A mean = lanes_sum(pairwise(sums), lanes) / divisor;
     x.forget();
-    A squares[kSlots];
+    A squares[kSlots] = {};
     A products[V];
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
+      sums[s] = A(0);
+      if (!columns.owns(s)) continue;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        values[i] = columns.owns(s) ? x.slot[s][i] - mean : A(0);
+        values[i] = x.slot[s][i] - mean;
         products[i] = values[i] * values[i];
       }
       sums[s] = pairwise(values);
@@ -99,18 +104,17 @@ __device__ __forceinline__ SegmentStats<Norm, A> segment_stats(Tile<T, V, kSlots
   }
 }
 
-// y of one slot, with the rounding policy.
+// y of one slot.
 template <class Norm, class T, class Weights, int V, class A = Accumulate<T>>
 __device__ __forceinline__ void apply_slot(const Columns<T, V>& x, const Weights& weight, const Weights& bias,
                                            const RowForwardParams<A>& params, const typename Norm::template Row<A>& row,
                                            A (&y)[V]) {
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    A xhat = Norm::template normalise<A>(x[i], row);
+    const A xhat = Norm::template normalise<A>(x[i], row);
     if constexpr (Norm::kCentred) {
       y[i] = Norm::template affine<A>(xhat, weight[i], bias[i]);
     } else {
-      if (params.args.rounding == Rounding::kLlama) xhat = to_accumulate(from_accumulate<T>(xhat));
       y[i] = Norm::template affine<A>(xhat, params.weight_offset + weight[i], A(0));
     }
   }
@@ -197,14 +201,30 @@ struct Params<Norm, T, void, V, kSlots, kEarly> {
   }
 };
 
+// Llama rounding: replaces x by xhat, rounded, and rstd by 1. Here, and not value by value, it is one branch for all.
+template <class Norm, class T, int V, int kSlots, class A = Accumulate<T>>
+__device__ __forceinline__ void round_normalised(Tile<T, V, kSlots>& x, ScaledRow<A>& row) {
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s) {
+    A xhat[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) xhat[i] = Norm::template normalise<A>(x.slot[s][i], row);
+    x.slot[s].assign(xhat);
+  }
+  row.rstd = A(1);
+}
+
 // Replaces x by y and stores it: as T, or as float32 where the output of a 16-bit norm is.
 template <class Norm, class P, bool kEarly, class T, int V, int kSlots, class A>
 __device__ __forceinline__ void apply_and_store(Tile<T, V, kSlots>& x, Params<Norm, T, P, V, kSlots, kEarly>& weights,
-                                                const RowForwardParams<A>& params, const typename Norm::template Row<A>& row,
+                                                const RowForwardParams<A>& params, typename Norm::template Row<A> row,
                                                 std::int64_t output, const LaneColumns<V>& columns) {
   const bool wide = !Norm::kCentred && sizeof(T) == 2 && params.float_output;
   x.forget();
   weights.forget();
+  if constexpr (!Norm::kCentred) {
+    if (params.args.rounding == Rounding::kLlama) round_normalised<Norm>(x, row);
+  }
 #pragma unroll
   for (int s = 0; s < kSlots; ++s) {
     typename Params<Norm, T, P, V, kSlots, kEarly>::Value weight, bias;
@@ -239,6 +259,11 @@ __device__ __forceinline__ void save_stats(const RowForwardParams<A>& params, st
   }
 }
 
+// Whether teams take several rows one after another (RowMapping::repeats): where rows are so short that finding them and loading the
+// weights would cost more than the rows.
+template <int V, int kSlots>
+constexpr bool kRepeats = V * kSlots <= 8;
+
 template <class Norm, class T, class P, int V, int kSlots, bool kResidual>
 __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
     row_forward_kernel(const __grid_constant__ RowForwardParams<Accumulate<T>> params) {
@@ -250,14 +275,15 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
   const bool several = tree.segments > 1;
 
   // Who: lane `lane` of the lanes that share a row, in team `team` of the block, on segment `segment`.
-  const int lane = static_cast<int>(lane_id()) % tree.lanes;
+  const RowDivisors& by = params.by;
+  const int lane = static_cast<int>(lane_id()) & (tree.lanes - 1);
   const int warp = warp_id();
-  const int team = several ? warp / mapping.warps : static_cast<int>(threadIdx.x) / tree.lanes;
-  const std::int64_t block = blockIdx.x / mapping.blocks_per_row;
-  const std::int64_t segment = several ? static_cast<std::int64_t>(cluster_rank()) * mapping.warps + warp % mapping.warps : 0;
-  const std::int64_t row = block * mapping.rows_at_once + team;
-  const bool active = team < mapping.rows_at_once && row < args.rows && segment < tree.segments;
-  const LaneColumns<V> columns = lane_columns<V>(tree, segment, lane, active);
+  const int team = several ? by.warps.divide(warp) : by.lanes.divide(threadIdx.x);
+  const std::int64_t block = by.blocks.divide(blockIdx.x);
+  const int segment = several ? static_cast<int>(cluster_rank() - team) * mapping.warps + warp : 0;
+  const bool in_team = team < mapping.rows_at_once && segment < tree.segments;
+  const LaneColumns<V> columns = lane_columns<V>(tree, segment, lane, in_team);
+  const int repeats = kRepeats<V, kSlots> ? mapping.repeats : 1;
 
   // Shared memory of a peer may be written only once the peer runs: say so now, ask just before the first write.
   if (mapping.blocks_per_row > 1) cluster_arrive();
@@ -265,35 +291,40 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
   Params<Norm, T, P, V, kSlots, true> weights;
   if constexpr (!kResidual) weights.prefetch(params, columns);
 
-  Tile<T, V, kSlots> x;
-  if (active) load_rows(x, params, kResidual, row, columns);
-  if constexpr (kResidual) weights.prefetch(params, columns);  // after the sum: the registers of the residual are free again
+  for (int r = 0; r < repeats; ++r) {
+    const std::int64_t row = (block * repeats + r) * mapping.rows_at_once + team;
+    const bool active = in_team && row < args.rows;
+    const LaneColumns<V> here{columns.first, active ? columns.left : 0};
+    Tile<T, V, kSlots> x;
+    if (active) load_rows(x, params, kResidual, row, here);
+    if (kResidual && r == 0) weights.prefetch(params, columns);  // after the sum: the registers of the residual are free again
 
-  const A count = static_cast<A>(active ? tree.count(segment) : 0);
-  const Stats own = segment_stats<Norm>(x, columns, tree.lanes, count);
+    const A count = static_cast<A>(active ? tree.count(segment) : 0);
+    const Stats own = segment_stats<Norm>(x, here, tree.lanes, count);
 
-  A* table = reinterpret_cast<A*>(dynamic_smem()) + team * Stats::kValues * tree.segments;
-  if (several) {
-    if (mapping.blocks_per_row == 1) {
-      if (lane == 0 && active) own.put(table, tree.segments, segment);
-      block_barrier();
-    } else {
-      cluster_wait();
-      if (lane < mapping.blocks_per_row && active) {
-        own.put(peer_smem(table, static_cast<unsigned>(lane)), tree.segments, segment);
+    A* table = reinterpret_cast<A*>(dynamic_smem()) + team * Stats::kValues * tree.segments;
+    if (several) {
+      if (mapping.blocks_per_row == 1) {
+        if (lane == 0 && active) own.put(table, tree.segments, segment);
+        block_barrier();
+      } else {
+        cluster_wait();
+        if (lane < mapping.blocks_per_row && active) {
+          own.put(peer_smem(table, static_cast<unsigned>(lane)), tree.segments, segment);
+        }
+        cluster_barrier();
       }
-      cluster_barrier();
     }
-  }
-  const auto stats = merge_segments<Norm, kClusterLevels>(tree, params.eps, !several, own, table);
-  if (!active) return;
+    const auto stats = merge_segments<Norm, kClusterLevels>(tree, params.cols, params.eps, !several, own, table);
+    if (r + 1 == repeats) launch_dependents();
+    if (here.left <= 0) continue;
 
-  if (args.stats != nullptr && lane == 0 && segment == 0) save_stats<Norm>(params, row, stats);
-  if constexpr (kResidual) {
-    x.store(static_cast<T*>(args.residual_out) + args.residual_out_layout.offset(row), columns, params.output_aligned);
+    if (args.stats != nullptr && lane == 0 && segment == 0) save_stats<Norm>(params, row, stats);
+    if constexpr (kResidual) {
+      x.store(static_cast<T*>(args.residual_out) + args.residual_out_layout.offset(row), here, params.output_aligned);
+    }
+    apply_and_store(x, weights, params, stats, args.output_layout.offset(row), here);
   }
-  launch_dependents();
-  apply_and_store(x, weights, params, stats, args.output_layout.offset(row), columns);
 }
 
 }  // namespace normext::cuda

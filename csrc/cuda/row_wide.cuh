@@ -16,7 +16,7 @@ namespace normext::cuda {
 
 template <class Norm, class T, int V, int kSlots>
 __device__ __forceinline__ void wide_statistics(const RowForwardParams<Accumulate<T>>& params, std::int64_t row,
-                                                std::int64_t segment, T* cache, Accumulate<T>* table) {
+                                                int segment, T* cache, Accumulate<T>* table) {
   using A = Accumulate<T>;
   const RowForwardArgs& args = params.args;
   const bool residual = args.residual != nullptr;
@@ -32,7 +32,7 @@ __device__ __forceinline__ void wide_statistics(const RowForwardParams<Accumulat
 }
 
 template <class Norm, class T, int V, int kSlots>
-__device__ __forceinline__ void wide_apply(const RowForwardParams<Accumulate<T>>& params, std::int64_t output, std::int64_t segment,
+__device__ __forceinline__ void wide_apply(const RowForwardParams<Accumulate<T>>& params, std::int64_t output, int segment,
                                            const T* source, bool aligned, const typename Norm::template Row<Accumulate<T>>& stats) {
   const LaneColumns<V> columns = lane_columns<V>(params.tree, segment, static_cast<int>(lane_id()), true);
   Tile<T, V, kSlots> x;
@@ -51,23 +51,24 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
   const RowMapping& mapping = params.mapping;
   const bool shared = mapping.tier == RowTier::kShared;
 
-  const std::int64_t row = blockIdx.x / mapping.blocks_per_row;
-  const std::int64_t first = (blockIdx.x % mapping.blocks_per_row) * static_cast<std::int64_t>(mapping.warps) + warp_id();
-  const std::int64_t stride = static_cast<std::int64_t>(mapping.blocks_per_row) * mapping.warps;
+  const std::int64_t row = params.by.blocks.divide(blockIdx.x);
+  const int part = static_cast<int>(blockIdx.x - row * mapping.blocks_per_row);
+  const int first = part * mapping.warps + warp_id();
+  const int stride = mapping.blocks_per_row * mapping.warps;
   const std::int64_t table_bytes = ceil_div(kValues * tree.segments * static_cast<int>(sizeof(A)), 16) * 16;
   A* table = shared ? reinterpret_cast<A*>(dynamic_smem()) : static_cast<A*>(params.partials) + row * kValues * tree.segments;
   T* cache = shared ? reinterpret_cast<T*>(dynamic_smem() + table_bytes) : nullptr;
 
   dependency_wait();
   if (params.statistics) {
-    for (std::int64_t s = first; s < tree.segments; s += stride) {
+    for (int s = first; s < tree.segments; s += stride) {
       wide_statistics<Norm, T, V, kSlots>(params, row, s, cache, table);
     }
   }
   if (!params.apply) return;
   if (shared) block_barrier();
 
-  const auto stats = merge_segments<Norm, kSplitLevels>(tree, params.eps, false, {}, table);
+  const auto stats = merge_segments<Norm, kSplitLevels>(tree, params.cols, params.eps, false, {}, table);
   if (args.stats != nullptr && first == 0 && lane_id() == 0) save_stats<Norm>(params, row, stats);
   const bool residual = args.residual != nullptr;
   const T* source = shared     ? cache
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
                                : static_cast<const T*>(args.input) + args.input_layout.offset(row);
   const bool aligned = shared || (residual ? params.output_aligned : params.input_aligned);
   const std::int64_t output = args.output_layout.offset(row);
-  for (std::int64_t s = first; s < tree.segments; s += stride) {
+  for (int s = first; s < tree.segments; s += stride) {
     wide_apply<Norm, T, V, kSlots>(params, output, s, source, aligned, stats);
   }
   launch_dependents();

@@ -19,9 +19,9 @@ struct LaneColumns {
 };
 
 template <int V>
-__device__ __forceinline__ LaneColumns<V> lane_columns(const RowTree& tree, std::int64_t segment, int lane, bool active) {
+__device__ __forceinline__ LaneColumns<V> lane_columns(const RowTree& tree, int segment, int lane, bool active) {
   const int within = lane * V;
-  return {segment * tree.segment_cols() + within, active ? tree.count(segment) - within : 0};
+  return {static_cast<std::int64_t>(segment) * tree.segment_cols() + within, active ? tree.count(segment) - within : 0};
 }
 
 // V columns in accesses of at most 16 bytes.

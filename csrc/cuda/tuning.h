@@ -9,6 +9,7 @@
 #include <string>
 
 #include "core/row_tree.h"
+#include "core/views.h"
 
 namespace normext::cuda {
 
@@ -23,11 +24,23 @@ struct RowMapping {
   int warps = 1;           // per row and block
   int rows_at_once = 1;    // rows in flight per block (backward: in different groups of 16 rows of one run)
   int blocks_per_row = 1;  // the cluster size in kRegisters
+  int repeats = 1;         // forward: short rows that a team takes one after another
+};
+
+// By which a thread finds its place: `/` is 25 instructions.
+struct RowDivisors {
+  FastDivisor lanes, warps, blocks;
+
+  RowDivisors() = default;
+  RowDivisors(const RowTree& tree, const RowMapping& mapping)
+      : lanes(tree.lanes), warps(mapping.warps), blocks(mapping.blocks_per_row) {}
 };
 
 // Warps per block at most: leaves 128 registers a thread, 255 for float64 and for odd widths, where a lane's values cannot be
 // packed; enough for every kernel without spills.
 constexpr int max_warps(std::size_t element_size, int vector) { return element_size == 8 || vector == 1 ? 8 : 16; }
+constexpr int kResidentBlocks = 16;  // of 4 warps, that a multiprocessor runs at a time
+constexpr int kMostRepeats = 8;
 constexpr int kRunRows = 256;   // backward: rows per run at most, 16 groups of 16
 constexpr int kGroupRows = 16;  // backward: rows added in sequence in registers
 
@@ -50,12 +63,13 @@ constexpr int rows_per_warp(const RowTree& tree) { return tree.segments == 1 ? 3
 
 inline std::size_t forward_shared_bytes(const RowTree& tree, const RowMapping& m, int values, int element_size,
                                         int accumulate_size) {
-  const std::size_t table = static_cast<std::size_t>(values) * tree.segments * accumulate_size;
+  const std::size_t segments = static_cast<std::size_t>(tree.segments);
+  const std::size_t table = segments * values * accumulate_size;
   switch (m.tier) {
     case RowTier::kRegisters:
       return tree.segments == 1 ? 0 : table * m.rows_at_once;
     case RowTier::kShared:
-      return ceil_div(table, 16) * 16 + tree.segments * tree.segment_cols() * element_size;
+      return ceil_div(table, 16) * 16 + segments * tree.segment_cols() * element_size;
     case RowTier::kSplit:
       return 0;
   }
@@ -63,10 +77,11 @@ inline std::size_t forward_shared_bytes(const RowTree& tree, const RowMapping& m
 }
 
 // Blocks that share a row, of a warp per segment and `most` warps at most; where clusters allow of 8, since a block of 16 has a
-// multiprocessor to itself, which then idles whenever the block waits.
+// multiprocessor to itself, which then idles whenever the block waits, and where none of them is left without a segment.
 inline std::int64_t blocks_of_row(std::int64_t segments, std::int64_t most, const Device& device) {
   const std::int64_t small = power_of_two_at_least(ceil_div(segments, std::min<std::int64_t>(most, 8)));
-  return small <= device.max_cluster ? small : power_of_two_at_least(ceil_div(segments, most));
+  const bool all_busy = (small - 1) * ceil_div(segments, small) < segments;
+  return small <= device.max_cluster && all_busy ? small : power_of_two_at_least(ceil_div(segments, most));
 }
 
 // Rows of up to 8 segments (8192 columns), 16 where there are no clusters but for odd widths and float64, stay in the registers of
@@ -80,6 +95,7 @@ inline RowMapping forward_mapping(const RowTree& tree, std::int64_t rows, int el
     const std::int64_t per_warp = rows_per_warp(tree);
     const std::int64_t warps = std::clamp<std::int64_t>(rows / (per_warp * device.sm_count), 1, 4);
     m.rows_at_once = static_cast<int>(warps * per_warp);
+    m.repeats = static_cast<int>(std::clamp<std::int64_t>(rows / (m.rows_at_once * device.sm_count * kResidentBlocks), 1, kMostRepeats));
     return m;
   }
   int blocks = static_cast<int>(blocks_of_row(segments, max_warps(element_size, tree.vector), device));
@@ -125,7 +141,7 @@ NORMEXT_HOST_DEVICE constexpr std::int64_t block_columns(const RowTree& tree, co
 
 // Values of the buffer through which the warps of a block, or the blocks of a cluster, exchange the sums of a row.
 NORMEXT_HOST_DEVICE constexpr std::int64_t exchange_values(const RowTree& tree, const RowMapping& m) {
-  return tree.segments == 1 || m.tier == RowTier::kSplit ? 0 : 2 * m.rows_at_once * 2 * tree.segments;
+  return tree.segments == 1 || m.tier == RowTier::kSplit ? 0 : std::int64_t{4} * m.rows_at_once * tree.segments;
 }
 
 inline std::size_t backward_shared_bytes(const RowTree& tree, const RowMapping& m, int accumulate_size) {
@@ -171,7 +187,10 @@ inline std::string mapping_error(Direction direction, const RowTree& tree, const
   const bool single = tree.segments == 1;
   const int most = max_warps(element_size, tree.vector);
   const int accumulate_size = element_size == 8 ? 8 : 4;
-  if (m.warps < 1 || m.rows_at_once < 1 || m.blocks_per_row < 1) return "warps, rows_at_once and blocks_per_row start at 1";
+  if (m.warps < 1 || m.rows_at_once < 1 || m.blocks_per_row < 1 || m.repeats < 1) {
+    return "warps, rows_at_once, blocks_per_row and repeats start at 1";
+  }
+  if (m.repeats > 1 && (!forward || !single || m.tier != RowTier::kRegisters)) return "only rows of one segment are repeated, forward";
   if (m.warps > most) return "at most " + std::to_string(most) + " warps fit a block";
   if (m.tier == RowTier::kRegisters) {
     const int blocks = m.blocks_per_row;

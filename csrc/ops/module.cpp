@@ -50,8 +50,10 @@ RowMapping to_mapping(const py::dict& wanted) {
       mapping.rows_at_once = value.cast<int>();
     } else if (name == "blocks_per_row") {
       mapping.blocks_per_row = value.cast<int>();
+    } else if (name == "repeats") {
+      mapping.repeats = value.cast<int>();
     } else {
-      normext::fail("plan: expected tier, warps, rows_at_once or blocks_per_row in override, got " + name);
+      normext::fail("plan: expected tier, warps, rows_at_once, blocks_per_row or repeats in override, got " + name);
     }
   }
   return mapping;
@@ -99,6 +101,7 @@ py::dict plan(const std::string& direction_name, const std::string& dtype, std::
   result["warps"] = mapping.warps;
   result["rows_at_once"] = mapping.rows_at_once;
   result["blocks_per_row"] = mapping.blocks_per_row;
+  result["repeats"] = mapping.repeats;
   return result;
 }
 
@@ -106,7 +109,7 @@ constexpr const char* kPlanDoc =
     R"(The reduction tree and the thread mapping of a row norm on CUDA, for tests and tuning only.
 
 Args: direction "forward" or "backward"; dtype of the row; rows and cols of the problem; arch, for example 90.
-override: a mapping {tier, warps, rows_at_once, blocks_per_row} that all later calls of that direction use, in the whole process,
+override: a mapping {tier, warps, rows_at_once, blocks_per_row, repeats} that all later calls of that direction use, in the whole process,
 until an empty dict takes it back. It must be legal for every shape it is used on; it is checked for this one only.)";
 
 }  // namespace
