@@ -20,6 +20,17 @@
 #define NORMEXT_NO_UNROLL _Pragma("GCC unroll 1")
 #endif
 
+// 1/a for a between 2^-125 and 2^126. On a GPU, the steps of a division without its tests for other numbers: a branch per value.
+NORMEXT_INLINE float reciprocal_of_normal(float a) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a));
+  return fmaf(r, fmaf(-a, r, 1.0f), r);
+#else
+  return 1.0f / a;
+#endif
+}
+
 // Code that is compiled once per instruction set lives in `normext::<NORMEXT_ISA>`.
 // CPU translation units define it (scalar, avx2, avx512, neon); everything else is `generic`.
 #if !defined(NORMEXT_ISA)

@@ -36,7 +36,8 @@ struct PlanesPlan {
   std::int64_t pitch;         // elements from one plane of a slab to its next
   std::int64_t channel_step;  // channels likewise
   std::int64_t segment, segments;
-  FastDivisor fast;          // by spatial, where that is less than kPiece
+  FastDivisor fast;          // by spatial, for slabs of less than 2^31 elements
+  bool small;                // they are
   int vector, warps, teams;  // warps per segment, segments per block
 
   NORMEXT_HOST_DEVICE constexpr std::int64_t count(std::int64_t s) const {
@@ -67,7 +68,8 @@ inline PlanesPlan planes_plan(const ChannelShape& shape, int element_size, bool 
   const std::int64_t pieces = ceil_div(ceil_div(plan.slab_size, kMostSegments), kPiece);
   plan.segment = kPiece * std::clamp<std::int64_t>(pieces, kLeastSegment / kPiece, kMostPieces);
   plan.segments = ceil_div(plan.slab_size, plan.segment);
-  if (plan.spatial < kPiece) plan.fast = FastDivisor(static_cast<std::uint32_t>(plan.spatial));
+  plan.small = plan.slab_size < (std::int64_t{1} << 31);
+  if (plan.small || plan.spatial < kPiece) plan.fast = FastDivisor(static_cast<std::uint32_t>(plan.spatial));
   plan.vector = vector_of(shape.spatial, element_size);
   plan.warps = static_cast<int>(std::min<std::int64_t>(plan.pieces(kPiece), kTeamWarps));
   plan.teams = std::max(4 / plan.warps, 1);

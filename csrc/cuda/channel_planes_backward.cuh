@@ -53,17 +53,19 @@ __device__ __forceinline__ void piece_sums(const PlanePiece<V>& piece, const Pla
   PairwiseSum<A, kLevels> sums, products;
 #pragma unroll
   for (int s = 0; s < kSlots; ++s) {
-    A xhat[V], dz[V];
-    slot_gradients<kFused>(
-        params.args, tiles.x.slot[s], tiles.dy.slot[s], tiles.residual.slot[s], [&](int) { return row; },
-        [&](int) { return weight; }, [&](int) { return bias; }, xhat, dz);
+    A slot_sum = A(0), slot_product = A(0);
+    if (piece.owns(s)) {
+      A xhat[V], dz[V];
+      slot_gradients<kFused>(
+          params.args, tiles.x.slot[s], tiles.dy.slot[s], tiles.residual.slot[s], [&](int) { return row; },
+          [&](int) { return weight; }, [&](int) { return bias; }, xhat, dz);
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      dz[i] = piece.owns(s) ? dz[i] : A(0);
-      xhat[i] = piece.owns(s) ? dz[i] * xhat[i] : A(0);
+      for (int i = 0; i < V; ++i) xhat[i] = dz[i] * xhat[i];
+      slot_sum = pairwise(dz);
+      slot_product = pairwise(xhat);
     }
-    sums.push(pairwise(dz));
-    products.push(pairwise(xhat));
+    sums.push(slot_sum);
+    products.push(slot_product);
   }
   sum = lanes_sum(sums.sum(), kWarpSize);
   product = lanes_sum(products.sum(), kWarpSize);

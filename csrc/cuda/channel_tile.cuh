@@ -28,17 +28,19 @@ struct Team {
 template <int V>
 struct PlanePiece {
   const PlanesPlan& plan;
-  std::int64_t first_plane;  // where the piece begins, in planes of the slab
-  std::int64_t within;       // and in elements of that plane
-  std::int64_t origin;       // where the slab begins in the tensor
-  int left;                  // elements of the piece, less those before this lane's first vector
+  std::int64_t first_plane;  // of the slab, where the piece begins
+  std::int64_t origin;       // of the piece in the tensor
+  int edge;  // planes of kPiece elements and more: elements of the piece before the next plane; else: of first_plane before the piece
+  int left;  // elements of the piece, less those before this lane's first vector
 
   // `elements` elements of the slab from `begin` on, or fewer where it ends.
   __device__ __forceinline__ PlanePiece(const PlanesPlan& plan_, std::int64_t slab, std::int64_t begin, int elements)
       : plan(plan_) {
-    first_plane = begin / plan.spatial;
-    within = begin - first_plane * plan.spatial;
-    origin = slab * plan.slab_step * plan.spatial;
+    first_plane = plan.small ? plan.fast.divide(static_cast<std::uint32_t>(begin)) : begin / plan.spatial;
+    const std::int64_t within = begin - first_plane * plan.spatial;
+    origin = slab * plan.slab_step * plan.spatial + first_plane * plan.pitch + within;
+    const std::int64_t to_next = plan.spatial - within;
+    edge = static_cast<int>(plan.spatial < kPiece ? within : (to_next < kPiece ? to_next : kPiece));
     const std::int64_t count = plan.slab_size - begin;
     left = (count < elements ? static_cast<int>(count) : elements) - static_cast<int>(lane_id()) * V;
   }
@@ -54,19 +56,14 @@ struct PlanePiece {
     std::int64_t offset;  // in the tensor
   };
   __device__ __forceinline__ Place place(int s) const {
-    std::int64_t at = within + (s * 32 + static_cast<int>(lane_id())) * V;
-    std::int64_t plane = first_plane;
+    const int at = (s * 32 + static_cast<int>(lane_id())) * V;
+    const std::int64_t gap = plan.pitch - plan.spatial;
     if (plan.spatial >= kPiece) {
-      if (at >= plan.spatial) {
-        at -= plan.spatial;
-        ++plane;
-      }
-    } else {
-      const std::uint32_t further = plan.fast.divide(static_cast<std::uint32_t>(at));
-      at -= further * plan.spatial;
-      plane += further;
+      const bool next = at >= edge;
+      return {first_plane + next, origin + at + (next ? gap : 0)};
     }
-    return {plane, origin + plane * plan.pitch + at};
+    const int further = static_cast<int>(plan.fast.divide(static_cast<std::uint32_t>(edge + at)));
+    return {first_plane + further, origin + at + further * gap};
   }
 
   // One uniform branch around the whole batch: all accesses are issued before the first is used.

@@ -1,5 +1,5 @@
 // Everything a kernel may ask of the machine besides threadIdx.x, blockIdx.x, blockDim.x and gridDim.x: lanes, barriers,
-// clusters, vector accesses, 16-bit conversions, programmatic dependent launch. The only file with PTX. The emulator
+// clusters, vector accesses, 16-bit conversions, programmatic dependent launch. The only file with PTX, but for one line of core/portable.h. The emulator
 // (tests/simt) puts its own <cuda_runtime.h> first on the include path; it defines NORMEXT_SIMT, and what only a GPU can do
 // has a twin below. Blocks are one-dimensional, their size a multiple of 32.
 #pragma once

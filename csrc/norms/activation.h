@@ -47,6 +47,13 @@ NORMEXT_INLINE V exponential_or_zero(V x) {
   else return x < V{} - kMostExponent<V> ? V{} : exponential<V>(x);
 }
 
+// 1/(1 + e^-z), but nothing for z below -kMostExponent. Above kMostExponent, e^-z is too little to count.
+template <class V>
+NORMEXT_INLINE V sigmoid(V z) {
+  const V least = V{} - kMostExponent<V>;
+  return Math<V>::reciprocal(exponential<V>(-z < least ? least : -z) + 1.0f);
+}
+
 // The normal distribution: density and cumulative probability.
 template <class V>
 struct Normal {
@@ -115,7 +122,7 @@ NORMEXT_INLINE V activate(Activation activation, V z) {
     case Activation::kRelu:
       return z < V{} ? V{} : z;  // NaN stays NaN
     case Activation::kSilu:
-      return z * zero_below(z, logistic<V>(z).s);
+      return z * zero_below(z, sigmoid<V>(z));
     case Activation::kGelu:
       return z * normal<V>(z).cumulative;
     case Activation::kLeakyRelu:
