@@ -27,6 +27,7 @@ OPS = ("tests/test_ops.py",)
 SUMS = "csrc/cuda/collectives.cuh"
 FORWARD = "csrc/cuda/row_forward.cuh"
 BACKWARD = "csrc/cuda/row_backward.cuh"
+RING = "csrc/cuda/row_ring.cuh"
 CPU_FORWARD = "csrc/cpu/row_forward.inl"
 CPU_MOMENTS = "csrc/cpu/row_moments.inl"
 
@@ -49,7 +50,7 @@ MUTANTS = (
         ACCURACY,
     ),
     Mutant("low part of the mean dropped", FORWARD, "= stats.lo;", "= A(0);", "emulated", (*ACCURACY, "-k", "mean")),
-    Mutant("eps dropped", SUMS, "segment.sum_x2; }), cols, eps);", "segment.sum_x2; }), cols, A(0));", "emulated", ACCURACY),
+    Mutant("eps dropped", SUMS, "return s.sum_x2; }), cols, eps);", "return s.sum_x2; }), cols, A(0));", "emulated", ACCURACY),
     Mutant("eps outside the root", SUMS, "merged, m2, cols, eps);", "merged, m2, cols, eps * eps);", "emulated", ACCURACY),
     Mutant(
         "unbiased variance",
@@ -63,16 +64,16 @@ MUTANTS = (
     Mutant(
         "absent columns counted in the variance",
         FORWARD,
-        "columns.owns(s) ? x.slot[s][i] - mean : A(0);",
-        "columns.owns(s) ? x.slot[s][i] - mean : A(0) - mean;",
+        "sums[s] = A(0);\n      if (!columns.owns(s)) continue;",
+        "sums[s] = A(0);",
         "emulated",
         ACCURACY,
     ),
     Mutant(
         "a short last segment counted as full",
         SUMS,
-        "static_cast<A>(tree.count(s)) * relative_mean",
-        "static_cast<A>(tree.segment_cols()) * relative_mean",
+        "n = count(lane);",
+        "n = static_cast<A>(tree.segment_cols());",
         "emulated",
         ACCURACY,
     ),
@@ -129,21 +130,21 @@ MUTANTS = (
     Mutant(
         "barrier between the reductions removed",
         FORWARD,
-        "own.put(table, tree.segments, segment);\n      block_barrier();",
+        "own.put(table, tree.segments, segment);\n        block_barrier();",
         "own.put(table, tree.segments, segment);",
         "emulated",
         (*TREE, *ACCURACY),
     ),
-    Mutant("cluster barrier removed", FORWARD, "      cluster_barrier();", "", "emulated", (*TREE, *INVARIANCE)),
+    Mutant("cluster barrier removed", FORWARD, "        cluster_barrier();", "", "emulated", (*TREE, *INVARIANCE)),
     Mutant(
         "barrier of the backward's exchange removed",
         BACKWARD,
-        "put_sums(table, segments, segment, sums);\n    block_barrier();",
-        "put_sums(table, segments, segment, sums);",
+        "put_sums<Norm>(table, segments, segment, sums);\n    block_barrier();",
+        "put_sums<Norm>(table, segments, segment, sums);",
         "emulated",
         (*TREE, *ACCURACY),
     ),
-    Mutant("exchange tables not alternated", BACKWARD, "parity ^= 1;", "", "emulated", (*TREE, *ACCURACY)),
+    Mutant("exchange tables not alternated", BACKWARD, "turn = table_values - turn;", "", "emulated", (*TREE, *ACCURACY)),
     Mutant(
         "barrier of the shared-memory tier removed", "csrc/cuda/row_wide.cuh", "if (shared) block_barrier();", "", "emulated", TREE
     ),
@@ -158,8 +159,8 @@ MUTANTS = (
     Mutant(
         "rows from 65536 blocks on unwritten",
         "csrc/cuda/row_forward_launch.cuh",
-        "shape.blocks = ceil_div(params.args.rows, m.rows_at_once) * m.blocks_per_row;",
-        "shape.blocks = std::min<std::int64_t>(65535, ceil_div(params.args.rows, m.rows_at_once) * m.blocks_per_row);",
+        "shape.blocks = ceil_div(params.args.rows, std::int64_t{m.repeats} * m.rows_at_once) * m.blocks_per_row;",
+        "shape.blocks = std::min<std::int64_t>(65535, ceil_div(params.args.rows, m.repeats * m.rows_at_once) * m.blocks_per_row);",
         "emulated",
         TREE,
     ),
@@ -215,7 +216,7 @@ MUTANTS = (
     Mutant(
         "residual_out not written",
         FORWARD,
-        "x.store(static_cast<T*>(args.residual_out) + args.residual_out_layout.offset(row), columns, params.output_aligned);",
+        "x.store(static_cast<T*>(args.residual_out) + args.residual_out_layout.offset(row), here, params.output_aligned);",
         "",
         "emulated",
         EXACT,
@@ -270,13 +271,25 @@ MUTANTS = (
         ACCURACY,
     ),
     Mutant(
-        "the row that is loaded ahead is the same again",
-        "csrc/cuda/row_backward.cuh",
-        "next.load(params, row_of(r + 1), columns);",
-        "next.load(params, row_of(r), columns);",
+        "the row that is on its way is the same again",
+        RING,
+        "before + layout.stride[0]",
+        "before",
         "emulated",
         ACCURACY,
     ),
+    Mutant("a row on its way is not waited for", RING, "copies_.template wait<kRows - 1>();", "", "emulated", ACCURACY),
+    Mutant(
+        "a row through registers takes the place of the next",
+        RING,
+        "if (loaded_) put(next_ - 1);",
+        "if (loaded_) put(next_);",
+        "emulated",
+        TREE,
+    ),
+    Mutant("only half a fold", BACKWARD, "store_pack(total + p, ", "store_pack(total, ", "emulated", ACCURACY),
+    Mutant("a repeat takes the first row again", FORWARD, "(block * repeats + r) *", "(block * repeats) *", "emulated", TREE),
+    Mutant("llama rounding: scaled twice", FORWARD, "  row.rstd = A(1);\n", "", "emulated", ACCURACY),
     Mutant(
         "last run skipped",
         "csrc/cpu/row_backward.inl",
@@ -292,14 +305,12 @@ MUTANTS = (
     Mutant(
         "gradient of the sum dropped",
         BACKWARD,
-        "mean.g, mean.gx) + residual.slot[s][i];",
-        "mean.g, mean.gx);",
+        "dx[s][i] = dx[s][i] + residual.slot[s][i];",
+        "dx[s][i] = dx[s][i];",
         "emulated",
         ACCURACY,
     ),
-    Mutant(
-        "mean of the gradient dropped", BACKWARD, "{sums.g / cols, sums.gx / cols}", "{A(0), sums.gx / cols}", "emulated", ACCURACY
-    ),
+    Mutant("mean of the gradient dropped", BACKWARD, "{sums.g / params.cols,", "{A(0),", "emulated", ACCURACY),
     Mutant(
         "offset added without a weight",
         "csrc/ops/row_norm.cpp",
@@ -310,7 +321,7 @@ MUTANTS = (
     ),
     # ---- rounding
     Mutant("llama rounding dropped", FORWARD, "params.args.rounding == Rounding::kLlama", "false", "emulated", EXACT),
-    Mutant("llama rounding of dweight dropped", BACKWARD, "args.rounding == Rounding::kLlama", "false", "emulated", EXACT),
+    Mutant("llama rounding of dweight dropped", BACKWARD, "rounding == Rounding::kLlama", "false", "emulated", EXACT),
     Mutant(
         "weight offset added in the parameter type",
         FORWARD,

@@ -153,6 +153,18 @@ def test_number_of_runs_depends_on_rows_only():
         assert runs == {max(min(-(-rows // 8), 512), -(-rows // 256))}
 
 
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+def test_what_is_chosen_can_run(arch):
+    """On every architecture, whose shared memory is from 99 to 227 KB: plan() checks what it is told to use."""
+    for direction, dtype in itertools.product(DIRECTIONS, ("float32", "bfloat16", "float64")):
+        for cols in (*cases.WIDTHS, *cases.TREE_WIDTHS, 100003, 262144):
+            for rows in (1, 2, 33, 300, 4096, 1 << 20):
+                chosen = PLAN(direction, dtype, rows, cols, arch=arch)
+                mapping = {k: chosen[k] for k in ("tier", "warps", "rows_at_once", "blocks_per_row", "repeats")}
+                PLAN(direction, dtype, rows, cols, arch=arch, override=mapping)
+                PLAN(direction, dtype, rows, cols, override={})
+
+
 def test_plan_refuses_what_cannot_run():
     for mapping, word in (
         ({"tier": "registers", "warps": 99}, "warps"),
@@ -160,6 +172,7 @@ def test_plan_refuses_what_cannot_run():
         ({"threads": 1}, "expected"),
         ({"tier": "split", "rows_at_once": 2}, "one at a time"),
         ({"tier": "shared", "blocks_per_row": 2}, "one block"),
+        ({"repeats": 2}, "repeats"),
     ):
         with pytest.raises(RuntimeError, match=word):
             PLAN("forward", "float32", 8, 4096, override=mapping)

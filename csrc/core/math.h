@@ -31,7 +31,7 @@ struct Math<float> {
   using Scalar = float;
   static constexpr bool kDouble = false;
   NORMEXT_INLINE static float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
-  NORMEXT_INLINE static float reciprocal(float a) { return reciprocal_of_normal(a); }
+  NORMEXT_INLINE static float reciprocal(float a) { return reciprocal_of_normal(a); }  // between 2^-125 and 2^126
   NORMEXT_INLINE static float sqrt(float a) { return ::sqrtf(a); }
   NORMEXT_INLINE static std::uint32_t to_bits(float a) { return float_to_bits(a); }
   NORMEXT_INLINE static float from_bits(std::uint32_t bits) { return bits_to_float(bits); }

@@ -16,11 +16,11 @@ enum class Direction : int { kForward, kBackward };
 
 struct RowTree {
   std::int64_t cols;
-  int segments;           // ceil(cols / 1024) forward, ceil(cols / 256) backward
-  int vector;             // consecutive columns per access: the largest power of two that divides cols, 16 bytes at most
-  int lanes;              // 32, or 8 or 16 for rows of at most 8 or 16 vectors
-  int slots;              // vectors per lane and segment
-  int full_segments;      // the next one has `rest` columns, those behind it none
+  int segments;       // ceil(cols / 1024) forward, ceil(cols / 256) backward
+  int vector;         // consecutive columns per access: the largest power of two that divides cols, 16 bytes at most
+  int lanes;          // 32, or 8 or 16 for rows of at most 8 or 16 vectors
+  int slots;          // vectors per lane and segment
+  int full_segments;  // the next one has `rest` columns, those behind it none
   int rest;
 
   NORMEXT_HOST_DEVICE constexpr int segment_cols() const { return vector * lanes * slots; }

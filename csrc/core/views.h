@@ -46,10 +46,6 @@ struct RowLayout {
     }
     return inner + row * stride[dims - 1];
   }
-  // The same from the offset of the row before.
-  NORMEXT_INLINE std::int64_t next_offset(std::int64_t before, std::int64_t row) const {
-    return dims == 1 ? before + stride[0] : offset(row);
-  }
 
  private:
   // Bit by bit: `/` is a function of 80 instructions in every CUDA kernel, and only tensors of 2^31 rows come here.

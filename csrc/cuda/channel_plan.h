@@ -36,8 +36,8 @@ struct PlanesPlan {
   std::int64_t pitch;         // elements from one plane of a slab to its next
   std::int64_t channel_step;  // channels likewise
   std::int64_t segment, segments;
-  FastDivisor fast;          // by spatial, for slabs of less than 2^31 elements
-  bool small;                // they are
+  FastDivisor fast;          // by spatial, where that is less than kPiece or slabs are small
+  bool small;                // slabs of less than 2^31 elements
   int vector, warps, teams;  // warps per segment, segments per block
 
   NORMEXT_HOST_DEVICE constexpr std::int64_t count(std::int64_t s) const {
@@ -129,7 +129,7 @@ inline ResidentPlan resident_plan(const PlanesPlan& plan, int element_size, int 
 // run of rows of an image; for batch norm the whole batch is one image.
 constexpr int kThreadRows = 16;  // rows that a thread holds in registers, or adds in sequence: a chunk
 constexpr int kLastThreads = 128;
-constexpr int kMostRuns = 256;   // per image, except that
+constexpr int kMostRuns = 1024;  // per image, except that
 constexpr int kMostChunks = 16;  // a run has no more chunks, for they are added in sequence as well
 
 struct LastPlan {
@@ -167,6 +167,17 @@ inline LastPlan last_plan(const ChannelShape& shape, int element_size) {
   plan.row_lanes = static_cast<int>(std::clamp<std::int64_t>(useful, 32 / plan.lanes, kLastThreads / plan.lanes));
   const std::int64_t chunk = plan.row_lanes * kThreadRows;
   plan.run_rows = chunk * std::clamp<std::int64_t>(ceil_div(ceil_div(plan.rows, chunk), kMostRuns), 1, kMostChunks);
+  plan.runs = ceil_div(plan.rows, plan.run_rows);
+  return plan;
+}
+
+// The same threads, with runs that only say which rows they write: enough blocks to keep any GPU busy to the end, of at least as
+// many rows as a thread has in flight and at most so many that the parameters of its channels no longer count.
+inline LastPlan apply_plan(LastPlan plan) {
+  constexpr std::int64_t kBlocks = 2048, kLeastRows = 4, kMostRows = 64;  // rows of a thread
+  const std::int64_t runs = ceil_div(kBlocks, std::max<std::int64_t>(plan.images * plan.tiles, 1));
+  const std::int64_t rows = ceil_div(ceil_div(plan.rows, runs * plan.row_lanes), kLeastRows) * kLeastRows;
+  plan.run_rows = plan.row_lanes * std::clamp(rows, kLeastRows, kMostRows);
   plan.runs = ceil_div(plan.rows, plan.run_rows);
   return plan;
 }

@@ -30,7 +30,8 @@ struct PlanePiece {
   const PlanesPlan& plan;
   std::int64_t first_plane;  // of the slab, where the piece begins
   std::int64_t origin;       // of the piece in the tensor
-  int edge;  // planes of kPiece elements and more: elements of the piece before the next plane; else: of first_plane before the piece
+  int edge;  // planes of kPiece elements and more: elements of the piece before the next plane; else: of first_plane before the
+             // piece
   int left;  // elements of the piece, less those before this lane's first vector
 
   // `elements` elements of the slab from `begin` on, or fewer where it ends.

@@ -202,7 +202,7 @@ void last_forward_typed(const ChannelForwardArgs& args, void* workspace, void* s
   LastForwardParams<A> params{};
   params.args = args;
   params.plan = last_plan(args.shape, sizeof(T));
-  const LastPlan& plan = params.plan;
+  const LastPlan plan = params.plan;
   params.partials = static_cast<A*>(workspace);
   params.input_aligned = all_aligned(plan.vector, args.dtype, args.input, args.residual);
   params.output_aligned = all_aligned(plan.vector, args.dtype, args.output);
@@ -226,8 +226,9 @@ void last_forward_typed(const ChannelForwardArgs& args, void* workspace, void* s
       launch_finalise(finalise, stream);
     }
     if (args.output == nullptr) return;
+    params.plan = apply_plan(plan);
     visit_bool(args.residual != nullptr || args.activation != Activation::kNone, [&](auto fused) {
-      launch_channel(last_apply_kernel<T, V, decltype(fused)::value>, plan.blocks(), plan.threads(), 0, stream, params);
+      launch_channel(last_apply_kernel<T, V, decltype(fused)::value>, params.plan.blocks(), plan.threads(), 0, stream, params);
     });
   });
 }

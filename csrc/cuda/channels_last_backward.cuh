@@ -24,12 +24,13 @@ struct LastBackwardParams {
   bool wide;            // weight and bias are float32 while T is a 16-bit type
 };
 
-constexpr int kGradRows = 2;  // that a thread has in flight
+// Rows that a thread has in flight: the grid of the sums, which fixes their order, may be small.
+constexpr int kSumsRows = 4, kGradRows = 2;
 
 // The tensors of a few rows.
-template <class T, int V>
+template <int kRows, class T, int V>
 struct GradLanes {
-  Columns<T, V> x[kGradRows], dy[kGradRows], residual[kGradRows];
+  Columns<T, V> x[kRows], dy[kRows], residual[kRows];
 
   template <class A>
   __device__ __forceinline__ void load(const LastBackwardParams<A>& params, const RowLane<V>& lane, std::int64_t row, bool fused) {
@@ -57,8 +58,9 @@ struct ChannelLanes {
       bias[i] = kFused ? load_parameter<T>(params.args.bias, params.wide, lane.channel + i, 0.0f) : A(0);
     }
   }
-  __device__ __forceinline__ void gradients(const ChannelBackwardArgs& args, const GradLanes<T, V>& rows, int j, A (&xhat)[V],
-                                            A (&dz)[V]) const {
+  template <int kRows>
+  __device__ __forceinline__ void gradients(const ChannelBackwardArgs& args, const GradLanes<kRows, T, V>& rows, int j,
+                                            A (&xhat)[V], A (&dz)[V]) const {
     slot_gradients<kFused>(
         args, rows.x[j], rows.dy[j], rows.residual[j], [&](int i) { return stats[i]; }, [&](int i) { return weight[i]; },
         [&](int i) { return bias[i]; }, xhat, dz);
@@ -79,12 +81,12 @@ __global__ void __launch_bounds__(kLastThreads, 1)
     for (std::int64_t chunk = lane.row; chunk < lane.end; chunk += kThreadRows * plan.row_lanes) {
       A sums[2 * V] = {};
       NORMEXT_NO_UNROLL
-      for (int k = 0; k < kThreadRows / kGradRows; ++k) {
-        const std::int64_t row = chunk + k * kGradRows * plan.row_lanes;
-        GradLanes<T, V> rows;
+      for (int k = 0; k < kThreadRows / kSumsRows; ++k) {
+        const std::int64_t row = chunk + k * kSumsRows * plan.row_lanes;
+        GradLanes<kSumsRows, T, V> rows;
         rows.load(params, lane, row, kFused);
 #pragma unroll
-        for (int j = 0; j < kGradRows; ++j) {
+        for (int j = 0; j < kSumsRows; ++j) {
           if (row + j * plan.row_lanes >= lane.end) continue;
           A xhat[V], dz[V];
           own.gradients(params.args, rows, j, xhat, dz);
@@ -144,7 +146,7 @@ __global__ void __launch_bounds__(kLastThreads, 1)
     mean_gx[i] = params.means != nullptr ? params.means[plan.images * plan.groups + slab] : A(0);
   }
   for (std::int64_t row = lane.row; row < lane.end; row += kGradRows * plan.row_lanes) {
-    GradLanes<T, V> rows;
+    GradLanes<kGradRows, T, V> rows;
     rows.load(params, lane, row, kFused);
 #pragma unroll
     for (int j = 0; j < kGradRows; ++j) {
@@ -168,7 +170,7 @@ void last_backward_typed(const ChannelBackwardArgs& args, void* workspace, void*
   LastBackwardParams<A> params{};
   params.args = args;
   params.plan = last_plan(args.shape, sizeof(T));
-  const LastPlan& plan = params.plan;
+  const LastPlan plan = params.plan;
   params.input_aligned = all_aligned(plan.vector, args.dtype, args.input, args.grad_output, args.residual);
   params.output_aligned = all_aligned(plan.vector, args.dtype, args.grad_input, args.grad_residual);
   params.wide = args.param_dtype != args.dtype;
@@ -183,7 +185,8 @@ void last_backward_typed(const ChannelBackwardArgs& args, void* workspace, void*
       };
       const auto apply = [&](const A* means) {
         params.means = means;
-        launch_channel(last_grad_kernel<T, V, kFused>, plan.blocks(), plan.threads(), 0, stream, params);
+        params.plan = apply_plan(plan);
+        launch_channel(last_grad_kernel<T, V, kFused>, params.plan.blocks(), plan.threads(), 0, stream, params);
       };
       backward_steps<A>(args, workspace, stream, sums, apply);
     });

@@ -120,8 +120,8 @@ __device__ __forceinline__ typename Norm::template Row<A> merge_segments(const R
   const auto sum = [&](auto term) {
     if (single) return term(mine, n);
     if (few) return neighbours_sum(has_segment ? term(mine, n) : A(0));
-    return warp_pairwise_blocks<kLevels, A>(
-        tree.segments, [&](int s) { return term(Stats::get(table, tree.segments, s), count(s)); });
+    return warp_pairwise_blocks<kLevels, A>(tree.segments,
+                                            [&](int s) { return term(Stats::get(table, tree.segments, s), count(s)); });
   };
   if constexpr (Norm::kCentred) {
     const A pivot = single ? only.moments.mean : table[0];

@@ -1,7 +1,7 @@
 // Everything a kernel may ask of the machine besides threadIdx.x, blockIdx.x, blockDim.x and gridDim.x: lanes, barriers,
-// clusters, vector accesses, 16-bit conversions, programmatic dependent launch. The only file with PTX, but for one line of core/portable.h. The emulator
-// (tests/simt) puts its own <cuda_runtime.h> first on the include path; it defines NORMEXT_SIMT, and what only a GPU can do
-// has a twin below. Blocks are one-dimensional, their size a multiple of 32.
+// clusters, vector accesses, 16-bit conversions, programmatic dependent launch. The only file with PTX, but for one line of
+// core/portable.h. The emulator (tests/simt) puts its own <cuda_runtime.h> first on the include path; it defines NORMEXT_SIMT, and
+// what only a GPU can do has a twin below. Blocks are one-dimensional, their size a multiple of 32.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -97,6 +97,41 @@ __device__ __forceinline__ unsigned char* dynamic_smem() { return ::simt::dynami
 
 __device__ __forceinline__ void dependency_wait() {}
 __device__ __forceinline__ void launch_dependents() {}
+
+// Copies are made as late as they may be: at the wait for them.
+template <int kMost>
+class AsyncCopies {
+ public:
+  template <int kBytes>
+  __device__ __forceinline__ void copy(void* to, const void* from) {
+    ::simt::require_aligned(to, kBytes, "AsyncCopies");
+    ::simt::require_aligned(from, kBytes, "AsyncCopies");
+    pending_[count_++] = {to, from, kBytes, group_};
+  }
+  __device__ __forceinline__ void commit() { ++group_; }
+  template <int kGroups>
+  __device__ __forceinline__ void wait() {
+    int left = 0;
+    for (int i = 0; i < count_; ++i) {
+      const Copy copy = pending_[i];
+      if (copy.group < group_ - kGroups) {
+        memcpy(copy.to, copy.from, copy.bytes);
+      } else {
+        pending_[left++] = copy;
+      }
+    }
+    count_ = left;
+  }
+
+ private:
+  struct Copy {
+    void* to;
+    const void* from;
+    int bytes, group;
+  };
+  Copy pending_[kMost];
+  int count_ = 0, group_ = 0;
+};
 
 template <class T, int N>
 __device__ __forceinline__ Pack<T, N> load_pack(const T* p) {
@@ -215,6 +250,28 @@ struct AccessOf<8> {
 template <>
 struct AccessOf<16> {
   using type = uint4;
+};
+
+// Copies by a thread from global to shared memory in the background, in groups that end with commit(). Both ends are aligned to
+// kBytes, which are 4, 8 or 16. wait() returns when at most kGroups groups are under way; the thread itself then sees the others.
+// At most kMost copies are under way at a time: the emulator counts on it.
+template <int kMost>
+class AsyncCopies {
+ public:
+  template <int kBytes>
+  __device__ __forceinline__ void copy(void* to, const void* from) {
+    const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    if constexpr (kBytes == 16) {
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
+    } else {
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(place), "l"(from), "n"(kBytes) : "memory");
+    }
+  }
+  __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  template <int kGroups>
+  __device__ __forceinline__ void wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+  }
 };
 
 // One access; p is aligned to the pack. Plain ld/st: p may be in any memory and may alias what the kernel writes.

@@ -14,6 +14,7 @@
 #include "core/row_args.h"
 #include "cuda/collectives.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/row_ring.cuh"
 #include "cuda/tile.cuh"
 #include "cuda/tuning.h"
 
@@ -45,14 +46,6 @@ struct BackwardSegment {
   static constexpr bool kMaybeFloat = !Norm::kCentred && sizeof(T) == 2;
   Tile<T, V, kSlots> x;
   Tile<T, V, kSlots> dy;
-
-  // The arguments are the offsets of the row.
-  __device__ __forceinline__ void load(const RowBackwardParams<A>& params, std::int64_t input, std::int64_t grad_output,
-                                       const LaneColumns<V>& columns) {
-    x.load(static_cast<const T*>(params.args.input) + input, columns, params.input_aligned);
-    if (kMaybeFloat && params.float_grad) return;
-    dy.load(static_cast<const T*>(params.args.grad_output) + grad_output, columns, params.grad_output_aligned);
-  }
 
   __device__ __forceinline__ void grad_output(const RowBackwardParams<A>& params, std::int64_t row, const LaneColumns<V>& columns,
                                               A (&out)[kSlots][V]) const {
@@ -106,8 +99,7 @@ __device__ __forceinline__ void put_sums(A* table, int segments, int s, RowSums<
 // Every warp's sums into the table of its block, or of all `blocks` blocks of the cluster. The caller alternates between two
 // tables, so one barrier per row is enough.
 template <class Norm, class A>
-__device__ __forceinline__ void exchange_sums(A* table, int segments, int segment, int lane, int blocks,
-                                              RowSums<A> sums) {
+__device__ __forceinline__ void exchange_sums(A* table, int segments, int segment, int lane, int blocks, RowSums<A> sums) {
   if (blocks > 1) {
     if (lane < blocks && segment < segments) put_sums<Norm>(peer_smem(table, static_cast<unsigned>(lane)), segments, segment, sums);
     cluster_barrier();
@@ -146,6 +138,15 @@ __device__ __forceinline__ void compute_values(const BackwardSegment<Norm, T, V,
       out.g[s][i] = out.dy[s][i] * weight[s][i];
     }
   }
+}
+
+// Before the reduction, which hides some of the wait.
+template <class T, int V, int kSlots, class A>
+__device__ __forceinline__ void load_grad_residual(const RowBackwardParams<A>& params, std::int64_t row,
+                                                   const LaneColumns<V>& columns, Tile<T, V, kSlots>& residual) {
+  const RowBackwardArgs& args = params.args;
+  const T* p = static_cast<const T*>(args.grad_residual_out) + args.grad_residual_out_layout.offset(row);
+  residual.load(p, columns, params.grad_residual_aligned);
 }
 
 // This lane's share of the two sums of a segment.
@@ -244,33 +245,7 @@ __device__ __forceinline__ typename Norm::template Row<A> saved_row(const RowBac
   }
 }
 
-// A row on its way: it is loaded while the row before it is reduced, so that memory does not wait at the barrier.
-template <class Norm, class T, int V, int kSlots>
-struct BackwardRow {
-  using A = Accumulate<T>;
-  BackwardSegment<Norm, T, V, kSlots> data;
-  typename Norm::template Row<A> stats;
-
-  __device__ __forceinline__ BackwardRow(const RowBackwardParams<A>& params, std::int64_t row, const LaneColumns<V>& columns)
-      : input_(params.args.input_layout.offset(row)), grad_output_(params.args.grad_output_layout.offset(row)) {
-    load(params, row, columns);
-  }
-  __device__ __forceinline__ void load_next(const RowBackwardParams<A>& params, std::int64_t row, const LaneColumns<V>& columns) {
-    input_ = params.args.input_layout.next_offset(input_, row);
-    grad_output_ = params.args.grad_output_layout.next_offset(grad_output_, row);
-    load(params, row, columns);
-  }
-
- private:
-  std::int64_t input_, grad_output_;
-
-  __device__ __forceinline__ void load(const RowBackwardParams<A>& params, std::int64_t row, const LaneColumns<V>& columns) {
-    data.load(params, input_, grad_output_, columns);
-    stats = saved_row<Norm, A>(params.args, row);
-  }
-};
-
-// Shared memory of a block: exchange[2][teams][2][segments], total[2][columns], group[teams][2][columns] when teams > 1.
+// Shared memory of a block: RowRing, exchange[2][teams][2][segments], total[2][columns], group[teams][2][columns] when teams > 1.
 template <class A>
 struct BackwardShared {
   A* exchange;
@@ -280,7 +255,7 @@ struct BackwardShared {
 
   __device__ __forceinline__ BackwardShared(const RowTree& tree, const RowMapping& mapping) {
     columns = block_columns(tree, mapping);
-    exchange = reinterpret_cast<A*>(dynamic_smem());
+    exchange = reinterpret_cast<A*>(dynamic_smem() + blockDim.x * kRingBytes);
     total = exchange + exchange_values(tree, mapping);
     group = total + 2 * columns;
   }
@@ -328,11 +303,23 @@ __device__ __forceinline__ void fold_groups(const BackwardShared<A>& shared, con
   block_barrier();
 }
 
+// The block's columns of the run's partial rows.
+template <class A>
+__device__ __forceinline__ void store_partials(const RowBackwardParams<A>& params, const BackwardShared<A>& shared,
+                                               std::int64_t run, std::int64_t block_start) {
+  const std::int64_t cols = params.tree.cols;
+  const std::int64_t end = cols - block_start < shared.columns ? cols - block_start : shared.columns;
+  for (std::int64_t c = threadIdx.x; c < end; c += blockDim.x) {
+    const std::int64_t place = run * cols + block_start + c;
+    if (params.weight_partial != nullptr) params.weight_partial[place] = shared.total[c];
+    if (params.bias_partial != nullptr) params.bias_partial[place] = shared.total[shared.columns + c];
+  }
+}
+
 template <class Norm, class T, class P, int V>
 __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
     row_backward_kernel(const __grid_constant__ RowBackwardParams<Accumulate<T>> params) {
   using A = Accumulate<T>;
-  using Row = typename Norm::template Row<A>;
   constexpr int kSlots = 8 / V;
   const RowBackwardArgs& args = params.args;
   const RowTree& tree = params.tree;
@@ -369,25 +356,24 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
   const int table_values = mapping.rows_at_once * 2 * tree.segments;  // of the two tables that take turns
   A* const tables = shared.exchange + team * 2 * tree.segments;
   int turn = 0;
+  const TeamRows rows{run_start, in_team ? run_rows : 0, team, mapping.rows_at_once};
+  const bool only_input = BackwardSegment<Norm, T, V, kSlots>::kMaybeFloat && params.float_grad;
+  RowRing<T, V, kSlots> ring(args, rows, columns, params.input_aligned, params.grad_output_aligned, only_input);
+  auto next_stats = saved_row<Norm, A>(args, rows.row(0));
+  unsigned n = 0;  // of the team's rows
   for (int base = 0; base < groups; base += mapping.rows_at_once) {
     ParamGrad<Norm, T, V, kSlots> grads;
     grads.clear();
-    const int first_row = (base + team) * kGroupRows;
-    const int team_rows = in_team ? run_rows - first_row : 0;  // 0 or less: this team only takes part in the barriers
-    const bool has_rows = team_rows > 0;
-    std::int64_t row = run_start + (has_rows ? first_row : 0);
-    std::int64_t residual_offset = args.grad_residual_out_layout.offset(row);
-    BackwardRow<Norm, T, V, kSlots> next(params, row, LaneColumns<V>{columns.first, has_rows ? columns.left : 0});
-    for (int r = 0; r < kGroupRows && base * kGroupRows + r < run_rows; ++r, row += r < team_rows) {
-      const LaneColumns<V> here{columns.first, r < team_rows ? columns.left : 0};
-      const BackwardSegment<Norm, T, V, kSlots> data = next.data;
-      const Row stats = next.stats;
+    for (int r = 0; r < kGroupRows && base * kGroupRows + r < run_rows; ++r, ++n) {
+      // Of a row that does not exist, nothing is loaded or kept: the team only takes part in the barriers.
+      const std::int64_t row = rows.row(n);
+      const LaneColumns<V> here{columns.first, rows.exists(n) ? columns.left : 0};
       Tile<T, V, kSlots> residual;
-      if (has_residual) {
-        residual.load(static_cast<const T*>(args.grad_residual_out) + residual_offset, here, params.grad_residual_aligned);
-        residual_offset = args.grad_residual_out_layout.next_offset(residual_offset, row + 1);
-      }
-      if (r + 1 < kGroupRows && r + 1 < team_rows) next.load_next(params, row + 1, columns);
+      if (has_residual) load_grad_residual(params, row, here, residual);
+      BackwardSegment<Norm, T, V, kSlots> data;
+      ring.take(n, data.x, data.dy, here);
+      const auto stats = next_stats;
+      next_stats = saved_row<Norm, A>(args, rows.row(n + 1));
       BackwardValues<A, V, kSlots> values;
       compute_values<Norm>(data, weight, params, row, here, stats, values);
       RowSums<A> sums{A(0), A(0)};
@@ -408,7 +394,7 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
       } else if (args.grad_input != nullptr) {
         sums = merge_sums<Norm, kSplitLevels>(params.row_sums + row * 2 * tree.segments, tree.segments);
       }
-      grads.add(values, here, args.rounding);
+      if (params_wanted) grads.add(values, here, args.rounding);
       if (args.grad_input == nullptr) continue;
       store_grad_input<Norm>(values, residual, params, row, here, stats, {sums.g / params.cols, sums.gx / params.cols});
     }
@@ -420,12 +406,7 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
   launch_dependents();
   if (!params_wanted) return;
   block_barrier();
-  const std::int64_t end = tree.cols - block_start < shared.columns ? tree.cols - block_start : shared.columns;
-  for (std::int64_t c = threadIdx.x; c < end; c += blockDim.x) {
-    const std::int64_t place = run * tree.cols + block_start + c;
-    if (params.weight_partial != nullptr) params.weight_partial[place] = shared.total[c];
-    if (params.bias_partial != nullptr) params.bias_partial[place] = shared.total[shared.columns + c];
-  }
+  store_partials(params, shared, run, block_start);
 }
 
 }  // namespace normext::cuda

@@ -66,11 +66,10 @@ RowBackwardParams<A> row_backward_params(const RowBackwardArgs& args, const RowB
 template <class Norm, class T, class P, int V>
 void launch_backward(RowBackwardParams<Accumulate<T>> params, void* stream) {
   const RowMapping& m = params.mapping;
-  const bool several = params.tree.segments > 1;
   const bool split = m.tier == RowTier::kSplit;
   LaunchShape shape;
   shape.blocks = params.runs * m.blocks_per_row;
-  shape.threads = several ? m.rows_at_once * m.warps * 32 : static_cast<int>(ceil_div(m.rows_at_once * params.tree.lanes, 32)) * 32;
+  shape.threads = static_cast<int>(backward_threads(params.tree, m));
   shape.smem = backward_shared_bytes(params.tree, m, sizeof(Accumulate<T>));
   shape.cluster = split ? 1 : m.blocks_per_row;
   shape.dependent = dependent_launch();

@@ -5,8 +5,8 @@
 // A warp computes one segment of a row (RowTree), or several short rows at once. A row of several segments takes `warps` warps of
 // a block, and with blocks_per_row > 1 that many blocks of a cluster. Every input byte is read once. One barrier: each warp
 // puts the moments of its segment into shared memory (of every block of the cluster) and, after the barrier, merges all of them by
-// itself. Weights are loaded before the reduction. A lane reads all its columns before it writes any, so output may be input.
-// Does not do: rows that do not fit (row_wide.cuh).
+// itself. Teams may take several short rows one after another. Weights are loaded before the reduction. A lane reads all its
+// columns before it writes any, so output may be input. Does not do: rows that do not fit (row_wide.cuh).
 #pragma once
 
 #include "core/row_args.h"
@@ -259,11 +259,6 @@ __device__ __forceinline__ void save_stats(const RowForwardParams<A>& params, st
   }
 }
 
-// Whether teams take several rows one after another (RowMapping::repeats): where rows are so short that finding them and loading the
-// weights would cost more than the rows.
-template <int V, int kSlots>
-constexpr bool kRepeats = V * kSlots <= 8;
-
 template <class Norm, class T, class P, int V, int kSlots, bool kResidual>
 __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
     row_forward_kernel(const __grid_constant__ RowForwardParams<Accumulate<T>> params) {
@@ -272,7 +267,8 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
   const RowForwardArgs& args = params.args;
   const RowTree& tree = params.tree;
   const RowMapping& mapping = params.mapping;
-  const bool several = tree.segments > 1;
+  // Kernels of fewer columns a lane only serve rows of one segment.
+  const bool several = V * kSlots == 32 && tree.segments > 1;
 
   // Who: lane `lane` of the lanes that share a row, in team `team` of the block, on segment `segment`.
   const RowDivisors& by = params.by;
@@ -283,10 +279,10 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
   const int segment = several ? static_cast<int>(cluster_rank() - team) * mapping.warps + warp : 0;
   const bool in_team = team < mapping.rows_at_once && segment < tree.segments;
   const LaneColumns<V> columns = lane_columns<V>(tree, segment, lane, in_team);
-  const int repeats = kRepeats<V, kSlots> ? mapping.repeats : 1;
+  const int repeats = V * kSlots <= 8 ? mapping.repeats : 1;  // may_repeat() of tuning.h
 
   // Shared memory of a peer may be written only once the peer runs: say so now, ask just before the first write.
-  if (mapping.blocks_per_row > 1) cluster_arrive();
+  if (several && mapping.blocks_per_row > 1) cluster_arrive();
   dependency_wait();
   Params<Norm, T, P, V, kSlots, true> weights;
   if constexpr (!kResidual) weights.prefetch(params, columns);

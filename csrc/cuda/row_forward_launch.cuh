@@ -60,8 +60,7 @@ void launch_registers(const RowForwardParams<Accumulate<T>>& params, void* strea
   const RowMapping& m = params.mapping;
   const bool several = params.tree.segments > 1;
   LaunchShape shape;
-  const int repeats = kRepeats<V, kSlots> ? m.repeats : 1;
-  shape.blocks = ceil_div(params.args.rows, std::int64_t{repeats} * m.rows_at_once) * m.blocks_per_row;
+  shape.blocks = ceil_div(params.args.rows, std::int64_t{m.repeats} * m.rows_at_once) * m.blocks_per_row;
   shape.threads = several ? m.rows_at_once * m.warps * 32 : static_cast<int>(ceil_div(m.rows_at_once * params.tree.lanes, 32)) * 32;
   shape.smem = forward_shared_bytes(params.tree, m, SegmentStats<Norm, float>::kValues, sizeof(T), sizeof(Accumulate<T>));
   shape.cluster = m.blocks_per_row;

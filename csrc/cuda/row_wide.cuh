@@ -15,8 +15,8 @@
 namespace normext::cuda {
 
 template <class Norm, class T, int V, int kSlots>
-__device__ __forceinline__ void wide_statistics(const RowForwardParams<Accumulate<T>>& params, std::int64_t row,
-                                                int segment, T* cache, Accumulate<T>* table) {
+__device__ __forceinline__ void wide_statistics(const RowForwardParams<Accumulate<T>>& params, std::int64_t row, int segment,
+                                                T* cache, Accumulate<T>* table) {
   using A = Accumulate<T>;
   const RowForwardArgs& args = params.args;
   const bool residual = args.residual != nullptr;

@@ -39,10 +39,11 @@ struct RowDivisors {
 // Warps per block at most: leaves 128 registers a thread, 255 for float64 and for odd widths, where a lane's values cannot be
 // packed; enough for every kernel without spills.
 constexpr int max_warps(std::size_t element_size, int vector) { return element_size == 8 || vector == 1 ? 8 : 16; }
-constexpr int kResidentBlocks = 16;  // of 4 warps, that a multiprocessor runs at a time
-constexpr int kMostRepeats = 8;
-constexpr int kRunRows = 256;   // backward: rows per run at most, 16 groups of 16
-constexpr int kGroupRows = 16;  // backward: rows added in sequence in registers
+constexpr int kBusyBlocks = 16;  // forward, short rows: per multiprocessor, before teams take several rows. Not yet tuned on a GPU
+constexpr int kMostRepeats = 8;  // the same
+constexpr int kRunRows = 256;    // backward: rows per run at most, 16 groups of 16
+constexpr int kGroupRows = 16;   // backward: rows added in sequence in registers
+constexpr int kRingBytes = 128;  // backward: of a thread's rows on their way from memory
 
 struct Device {
   int sm_count;
@@ -60,6 +61,12 @@ inline RowOverrides& row_overrides() {
 }
 
 constexpr int rows_per_warp(const RowTree& tree) { return tree.segments == 1 ? 32 / tree.lanes : 1; }
+
+// Whether teams may take several rows one after another: where rows are so short that finding them and loading the weights would
+// cost more than the rows, and whole vectors.
+constexpr bool may_repeat(const RowTree& tree, int element_size) {
+  return tree.segments == 1 && element_size < 8 && tree.vector * element_size == 16 && tree.vector * tree.slots <= 8;
+}
 
 inline std::size_t forward_shared_bytes(const RowTree& tree, const RowMapping& m, int values, int element_size,
                                         int accumulate_size) {
@@ -95,7 +102,10 @@ inline RowMapping forward_mapping(const RowTree& tree, std::int64_t rows, int el
     const std::int64_t per_warp = rows_per_warp(tree);
     const std::int64_t warps = std::clamp<std::int64_t>(rows / (per_warp * device.sm_count), 1, 4);
     m.rows_at_once = static_cast<int>(warps * per_warp);
-    m.repeats = static_cast<int>(std::clamp<std::int64_t>(rows / (m.rows_at_once * device.sm_count * kResidentBlocks), 1, kMostRepeats));
+    if (may_repeat(tree, element_size)) {
+      const std::int64_t once = std::int64_t{m.rows_at_once} * device.sm_count * kBusyBlocks;
+      m.repeats = static_cast<int>(std::clamp<std::int64_t>(rows / once, 1, kMostRepeats));
+    }
     return m;
   }
   int blocks = static_cast<int>(blocks_of_row(segments, max_warps(element_size, tree.vector), device));
@@ -144,9 +154,15 @@ NORMEXT_HOST_DEVICE constexpr std::int64_t exchange_values(const RowTree& tree, 
   return tree.segments == 1 || m.tier == RowTier::kSplit ? 0 : std::int64_t{4} * m.rows_at_once * tree.segments;
 }
 
+inline std::int64_t backward_threads(const RowTree& tree, const RowMapping& m) {
+  return tree.segments == 1 ? ceil_div(std::int64_t{m.rows_at_once} * tree.lanes, 32) * 32
+                            : std::int64_t{m.rows_at_once} * m.warps * 32;
+}
+
 inline std::size_t backward_shared_bytes(const RowTree& tree, const RowMapping& m, int accumulate_size) {
   const std::int64_t copies = m.rows_at_once == 1 ? 1 : 1 + m.rows_at_once;
-  return static_cast<std::size_t>(exchange_values(tree, m) + copies * 2 * block_columns(tree, m)) * accumulate_size;
+  return static_cast<std::size_t>(backward_threads(tree, m)) * kRingBytes +
+         static_cast<std::size_t>(exchange_values(tree, m) + copies * 2 * block_columns(tree, m)) * accumulate_size;
 }
 
 // Rows of up to 16 segments (4096 columns; 8 for odd widths and float64) in one block, whose barrier costs less than a cluster's
@@ -190,7 +206,9 @@ inline std::string mapping_error(Direction direction, const RowTree& tree, const
   if (m.warps < 1 || m.rows_at_once < 1 || m.blocks_per_row < 1 || m.repeats < 1) {
     return "warps, rows_at_once, blocks_per_row and repeats start at 1";
   }
-  if (m.repeats > 1 && (!forward || !single || m.tier != RowTier::kRegisters)) return "only rows of one segment are repeated, forward";
+  if (m.repeats > 1 && (!forward || m.tier != RowTier::kRegisters || !may_repeat(tree, element_size))) {
+    return "repeats are for the forward of short rows of whole vectors";
+  }
   if (m.warps > most) return "at most " + std::to_string(most) + " warps fit a block";
   if (m.tier == RowTier::kRegisters) {
     const int blocks = m.blocks_per_row;

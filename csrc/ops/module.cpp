@@ -109,8 +109,8 @@ constexpr const char* kPlanDoc =
     R"(The reduction tree and the thread mapping of a row norm on CUDA, for tests and tuning only.
 
 Args: direction "forward" or "backward"; dtype of the row; rows and cols of the problem; arch, for example 90.
-override: a mapping {tier, warps, rows_at_once, blocks_per_row, repeats} that all later calls of that direction use, in the whole process,
-until an empty dict takes it back. It must be legal for every shape it is used on; it is checked for this one only.)";
+override: a mapping {tier, warps, rows_at_once, blocks_per_row, repeats} that all later calls of that direction use, in the whole
+process, until an empty dict takes it back. It must be legal for every shape it is used on; it is checked for this one only.)";
 
 }  // namespace
 
