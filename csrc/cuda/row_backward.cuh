@@ -80,7 +80,10 @@ __device__ __forceinline__ void load_weight(const RowBackwardParams<A>& params, 
 #pragma unroll
   for (int s = 0; s < kSlots; ++s) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) weight[s][i] = Norm::kCentred ? tile.slot[s][i] : params.weight_offset + tile.slot[s][i];
+    for (int i = 0; i < V; ++i) {
+      weight[s][i] = Norm::kCentred ? tile.slot[s][i] : params.weight_offset + tile.slot[s][i];
+      forget_derived(weight[s][i]);  // else it is unpacked and added again for every row
+    }
   }
 }
 
@@ -316,6 +319,21 @@ __device__ __forceinline__ void store_partials(const RowBackwardParams<A>& param
   }
 }
 
+// What a launch does, in a register: conditions on its arguments are else looked up for every row.
+enum BackwardStep : std::uint32_t { kTakesSums = 1, kTakesResidual = 2, kTakesParams = 4, kTakesInput = 8 };
+
+template <class A>
+__device__ __forceinline__ std::uint32_t row_backward_steps(const RowBackwardParams<A>& params) {
+  const bool input = params.args.grad_input != nullptr && params.phase != BackwardPhase::kSums;
+  const bool sums = params.args.grad_input != nullptr && params.phase != BackwardPhase::kApply;
+  const bool weights = params.weight_partial != nullptr || params.bias_partial != nullptr;
+  std::uint32_t steps = (input ? kTakesInput : 0) | (sums ? kTakesSums : 0);
+  if (input && params.args.grad_residual_out != nullptr) steps |= kTakesResidual;
+  if (weights && params.phase != BackwardPhase::kSums) steps |= kTakesParams;
+  forget_derived(steps);
+  return steps;
+}
+
 template <class Norm, class T, class P, int V>
 __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
     row_backward_kernel(const __grid_constant__ RowBackwardParams<Accumulate<T>> params) {
@@ -326,10 +344,8 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
   const RowMapping& mapping = params.mapping;
   const bool several = tree.segments > 1;
   const bool cluster = mapping.tier == RowTier::kRegisters && mapping.blocks_per_row > 1;
-  const bool params_wanted =
-      params.phase != BackwardPhase::kSums && (params.weight_partial != nullptr || params.bias_partial != nullptr);
-  const bool sums_wanted = args.grad_input != nullptr && params.phase != BackwardPhase::kApply;
-  const bool has_residual = args.grad_residual_out != nullptr && args.grad_input != nullptr && params.phase != BackwardPhase::kSums;
+  const std::uint32_t steps = row_backward_steps(params);
+  const auto takes = [&](std::uint32_t step) { return (steps & step) != 0; };
   const BackwardShared<A> shared(tree, mapping);
 
   const RowDivisors& by = params.by;
@@ -356,32 +372,33 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
   const int table_values = mapping.rows_at_once * 2 * tree.segments;  // of the two tables that take turns
   A* const tables = shared.exchange + team * 2 * tree.segments;
   int turn = 0;
-  const TeamRows rows{run_start, in_team ? run_rows : 0, team, mapping.rows_at_once};
+  TeamRow next_row(run_start, in_team ? run_rows : 0, team, mapping.rows_at_once);
   const bool only_input = BackwardSegment<Norm, T, V, kSlots>::kMaybeFloat && params.float_grad;
-  RowRing<T, V, kSlots> ring(args, rows, columns, params.input_aligned, params.grad_output_aligned, only_input);
-  auto next_stats = saved_row<Norm, A>(args, rows.row(0));
+  RowRing<T, V, kSlots> ring(args, next_row, columns, params.input_aligned, params.grad_output_aligned, only_input);
+  auto next_stats = saved_row<Norm, A>(args, next_row.row());
   unsigned n = 0;  // of the team's rows
   for (int base = 0; base < groups; base += mapping.rows_at_once) {
     ParamGrad<Norm, T, V, kSlots> grads;
     grads.clear();
     for (int r = 0; r < kGroupRows && base * kGroupRows + r < run_rows; ++r, ++n) {
       // Of a row that does not exist, nothing is loaded or kept: the team only takes part in the barriers.
-      const std::int64_t row = rows.row(n);
-      const LaneColumns<V> here{columns.first, rows.exists(n) ? columns.left : 0};
+      const std::int64_t row = next_row.row();
+      const LaneColumns<V> here{columns.first, next_row.exists() ? columns.left : 0};
+      next_row.next();
       Tile<T, V, kSlots> residual;
-      if (has_residual) load_grad_residual(params, row, here, residual);
+      if (takes(kTakesResidual)) load_grad_residual(params, row, here, residual);
       BackwardSegment<Norm, T, V, kSlots> data;
       ring.take(n, data.x, data.dy, here);
       const auto stats = next_stats;
-      next_stats = saved_row<Norm, A>(args, rows.row(n + 1));
+      next_stats = saved_row<Norm, A>(args, next_row.row());
       BackwardValues<A, V, kSlots> values;
       compute_values<Norm>(data, weight, params, row, here, stats, values);
       RowSums<A> sums{A(0), A(0)};
-      if (sums_wanted) {
+      if (takes(kTakesSums)) {
         sums = lane_sums<Norm>(values, here);
         if constexpr (Norm::kCentred) sums.g = lanes_sum(sums.g, tree.lanes);
         sums.gx = lanes_sum(sums.gx, tree.lanes);
-        if (params.phase == BackwardPhase::kSums) {
+        if (!takes(kTakesInput)) {
           if (lane == 0 && here.left > 0) put_sums<Norm>(params.row_sums + row * 2 * tree.segments, tree.segments, segment, sums);
           continue;
         }
@@ -391,20 +408,20 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
           sums = merge_sums<Norm, kClusterLevels>(table, tree.segments);
           turn = table_values - turn;
         }
-      } else if (args.grad_input != nullptr) {
+      } else if (takes(kTakesInput)) {
         sums = merge_sums<Norm, kSplitLevels>(params.row_sums + row * 2 * tree.segments, tree.segments);
       }
-      if (params_wanted) grads.add(values, here, args.rounding);
-      if (args.grad_input == nullptr) continue;
+      if (takes(kTakesParams)) grads.add(values, here, args.rounding);
+      if (!takes(kTakesInput)) continue;
       store_grad_input<Norm>(values, residual, params, row, here, stats, {sums.g / params.cols, sums.gx / params.cols});
     }
-    if (params_wanted) {
+    if (takes(kTakesParams)) {
       fold_groups<Norm>(shared, mapping, grads, columns, block_start, team,
                         groups - base < mapping.rows_at_once ? groups - base : mapping.rows_at_once, base == 0);
     }
   }
   launch_dependents();
-  if (!params_wanted) return;
+  if (!takes(kTakesParams)) return;
   block_barrier();
   store_partials(params, shared, run, block_start);
 }

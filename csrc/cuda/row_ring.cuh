@@ -10,20 +10,25 @@
 
 namespace normext::cuda {
 
-// The rows of a run that a team takes, n = 0, 1, ...: group `team`, then every teams-th, of 16 rows each.
-struct TeamRows {
-  std::int64_t first;  // of the run
-  int count;           // of the run; 0 if the team takes none
-  int team, teams;
+// Goes through the rows of a run that a team takes: group `team` of 16 rows, then every teams-th.
+struct TeamRow {
+  std::int64_t run;  // its first row
+  int count;         // rows of the run; 0 if the team takes none
+  int skip;          // rows of the other teams between two groups
+  int within;        // the row, counted from the run's first
 
-  __device__ __forceinline__ int within(unsigned n) const {
-    return static_cast<int>(n / kGroupRows * teams + team) * kGroupRows + static_cast<int>(n % kGroupRows);
+  __device__ __forceinline__ TeamRow(std::int64_t first, int rows, int team, int teams)
+      : run(first), count(rows), skip((teams - 1) * kGroupRows), within(team * kGroupRows) {}
+  __device__ __forceinline__ bool exists() const { return within < count; }
+  // The run's first for a row that does not exist.
+  __device__ __forceinline__ std::int64_t row() const { return run + (exists() ? within : 0); }
+  // To the next row; whether that is the one behind this.
+  __device__ __forceinline__ bool next() {
+    ++within;
+    if (skip == 0 || within % kGroupRows != 0) return true;
+    within += skip;
+    return false;
   }
-  __device__ __forceinline__ bool exists(unsigned n) const { return within(n) < count; }
-  // The first of the run for rows that do not exist.
-  __device__ __forceinline__ std::int64_t row(unsigned n) const { return first + (exists(n) ? within(n) : 0); }
-  // Whether row n is the one behind row n - 1.
-  __device__ __forceinline__ bool follows(unsigned n) const { return teams == 1 || n % kGroupRows != 0; }
 };
 
 // The columns of one tensor that a thread owns.
@@ -60,13 +65,13 @@ class RowRing {
   static constexpr int kRows = kRingBytes / static_cast<int>(2 * kSlots * V * sizeof(T));  // on their way at most
   static_assert(kRows > 0 && (kRows & (kRows - 1)) == 0);
 
-  __device__ __forceinline__ RowRing(const RowBackwardArgs& args, const TeamRows& rows, const LaneColumns<V>& columns,
+  __device__ __forceinline__ RowRing(const RowBackwardArgs& args, const TeamRow& first, const LaneColumns<V>& columns,
                                      bool input_aligned, bool grad_output_aligned, bool only_input)
       : args_(args),
-        rows_(rows),
+        next_row_(first),
         columns_(columns),
-        input_(args.input_layout.offset(rows.row(0))),
-        grad_output_(args.grad_output_layout.offset(rows.row(0))),
+        input_(args.input_layout.offset(first.row())),
+        grad_output_(args.grad_output_layout.offset(first.row())),
         aligned_(V == 1 || (input_aligned && (only_input || grad_output_aligned))),
         only_input_(only_input) {
     NORMEXT_NO_UNROLL
@@ -83,11 +88,11 @@ class RowRing {
 
  private:
   const RowBackwardArgs& args_;
-  const TeamRows& rows_;
+  TeamRow next_row_;
   const LaneColumns<V>& columns_;
-  std::int64_t input_, grad_output_;  // offsets of row next_
+  std::int64_t input_, grad_output_;  // offsets of next_row_
   bool aligned_, only_input_;
-  unsigned next_ = 0;
+  unsigned next_ = 0;  // requests made
   // Where a copy would be of two bytes, which there are none of, a row passes through registers: loaded at one request, stored at
   // the next.
   static constexpr bool kThroughRegisters = V * sizeof(T) < 4;
@@ -102,9 +107,9 @@ class RowRing {
     return {dynamic_smem() + slot * step + static_cast<int>(threadIdx.x) * kBytes, step};
   }
 
-  // The offset of row next_, from that of the row before.
-  __device__ __forceinline__ std::int64_t next_offset(const RowLayout& layout, std::int64_t before) const {
-    return layout.dims == 1 && rows_.follows(next_) ? before + layout.stride[0] : layout.offset(rows_.row(next_));
+  // The offset of next_row_; of the row before it, where it follows that.
+  __device__ __forceinline__ std::int64_t next_offset(const RowLayout& layout, std::int64_t before, bool follows) const {
+    return layout.dims == 1 && follows ? before + layout.stride[0] : layout.offset(next_row_.row());
   }
 
   __device__ __forceinline__ void load() {
@@ -117,7 +122,7 @@ class RowRing {
   }
 
   __device__ __forceinline__ void request() {
-    const bool exists = rows_.exists(next_);
+    const bool exists = next_row_.exists();
     if constexpr (kThroughRegisters) {
       if (loaded_) put(next_ - 1);
       loaded_ = exists;
@@ -133,8 +138,9 @@ class RowRing {
     }
     copies_.commit();
     ++next_;
-    input_ = next_offset(args_.input_layout, input_);
-    grad_output_ = next_offset(args_.grad_output_layout, grad_output_);
+    const bool follows = next_row_.next();
+    input_ = next_offset(args_.input_layout, input_, follows);
+    grad_output_ = next_offset(args_.grad_output_layout, grad_output_, follows);
   }
 };
 
