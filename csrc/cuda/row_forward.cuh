@@ -44,7 +44,6 @@ __device__ __forceinline__ void load_rows(Tile<T, V, kSlots>& x, const RowForwar
     r.load(static_cast<const T*>(args.residual) + args.residual_layout.offset(row), columns, params.input_aligned);
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
-      if (!columns.owns(s)) continue;
       A sum[V];
 #pragma unroll
       for (int i = 0; i < V; ++i) {
