@@ -1,5 +1,7 @@
 // Row norm backward: dx, and the partial sums of dweight and dbias, from one read of x and dy.
 //
+// x and dy come through row_ring.cuh, several rows ahead.
+//
 //   g = dy * weight;  dx = gradient(g, xhat, mean(g), mean(g * xhat)) + grad_residual_out;  dweight += dy * xhat;  dbias += dy
 //
 // The rows are cut into runs (row_runs of tuning.h), a run into groups of 16 rows. A team of lanes (for rows of one segment) or of

@@ -69,7 +69,7 @@ void launch_backward(RowBackwardParams<Accumulate<T>> params, void* stream) {
   const bool split = m.tier == RowTier::kSplit;
   LaunchShape shape;
   shape.blocks = params.runs * m.blocks_per_row;
-  shape.threads = static_cast<int>(backward_threads(params.tree, m));
+  shape.threads = static_cast<int>(block_threads(params.tree, m));
   shape.smem = backward_shared_bytes(params.tree, m, sizeof(Accumulate<T>));
   shape.cluster = split ? 1 : m.blocks_per_row;
   shape.dependent = dependent_launch();

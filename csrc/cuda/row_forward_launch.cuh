@@ -58,10 +58,9 @@ RowForwardParams<A> row_forward_params(const RowForwardArgs& args, const RowForw
 template <class Norm, class T, class P, int V, int kSlots, bool kResidual>
 void launch_registers(const RowForwardParams<Accumulate<T>>& params, void* stream) {
   const RowMapping& m = params.mapping;
-  const bool several = params.tree.segments > 1;
   LaunchShape shape;
   shape.blocks = ceil_div(params.args.rows, std::int64_t{m.repeats} * m.rows_at_once) * m.blocks_per_row;
-  shape.threads = several ? m.rows_at_once * m.warps * 32 : static_cast<int>(ceil_div(m.rows_at_once * params.tree.lanes, 32)) * 32;
+  shape.threads = static_cast<int>(block_threads(params.tree, m));
   shape.smem = forward_shared_bytes(params.tree, m, SegmentStats<Norm, float>::kValues, sizeof(T), sizeof(Accumulate<T>));
   shape.cluster = m.blocks_per_row;
   shape.dependent = dependent_launch();

@@ -62,6 +62,12 @@ inline RowOverrides& row_overrides() {
 
 constexpr int rows_per_warp(const RowTree& tree) { return tree.segments == 1 ? 32 / tree.lanes : 1; }
 
+// Threads of a block whose rows are in registers; those of the last warp that short rows leave over only take part in shuffles.
+inline std::int64_t block_threads(const RowTree& tree, const RowMapping& m) {
+  return tree.segments == 1 ? ceil_div(std::int64_t{m.rows_at_once} * tree.lanes, 32) * 32
+                            : std::int64_t{m.rows_at_once} * m.warps * 32;
+}
+
 // Whether teams may take several rows one after another: where rows are so short that finding them and loading the weights would
 // cost more than the rows, and whole vectors.
 constexpr bool may_repeat(const RowTree& tree, int element_size) {
@@ -154,14 +160,9 @@ NORMEXT_HOST_DEVICE constexpr std::int64_t exchange_values(const RowTree& tree, 
   return tree.segments == 1 || m.tier == RowTier::kSplit ? 0 : std::int64_t{4} * m.rows_at_once * tree.segments;
 }
 
-inline std::int64_t backward_threads(const RowTree& tree, const RowMapping& m) {
-  return tree.segments == 1 ? ceil_div(std::int64_t{m.rows_at_once} * tree.lanes, 32) * 32
-                            : std::int64_t{m.rows_at_once} * m.warps * 32;
-}
-
 inline std::size_t backward_shared_bytes(const RowTree& tree, const RowMapping& m, int accumulate_size) {
   const std::int64_t copies = m.rows_at_once == 1 ? 1 : 1 + m.rows_at_once;
-  return static_cast<std::size_t>(backward_threads(tree, m)) * kRingBytes +
+  return static_cast<std::size_t>(block_threads(tree, m)) * kRingBytes +
          static_cast<std::size_t>(exchange_values(tree, m) + copies * 2 * block_columns(tree, m)) * accumulate_size;
 }
 
