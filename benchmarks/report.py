@@ -1,40 +1,26 @@
 """Tables and a plot from results files, so that every published figure comes from a committed result.
 
 python benchmarks/report.py                          writes <machine>.md and <machine>.png beside each results file
-python benchmarks/report.py --readme README.md       and puts the summary between README's benchmark markers
+python benchmarks/report.py --readme README.md       and puts overview.py's tables between README's markers
 python benchmarks/report.py --readme README.md --check   fails if that would change README
 """
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 from statistics import median
 
 import channel_grid
 import figures
 import machine
+import overview
 from figures import geomean, select, select_channel
+from markdown import error, microseconds, table, times
 
-BEGIN, END = "<!-- benchmarks: begin (written by benchmarks/report.py) -->", "<!-- benchmarks: end -->"
 DTYPES = ("float32", "bfloat16")
-ISAS = ("avx512_bf16", "avx512", "avx2", "neon", "scalar", None)  # None: a GPU's results
 AT_COPY_SPEED = (
     "A kernel at copy speed would only move the op's bytes, at the rate of `y.copy_(x)` into mapped memory: no call, no sums."
 )
-
-
-def table(header, rows):
-    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def times(value):
-    return "-" if value is None or value != value else f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
-
-
-def microseconds(value):
-    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def provenance(section):
@@ -165,23 +151,16 @@ def blocks(section):
     return "\n\n".join(tables)
 
 
-def accuracy(section, details=True):
-    """Largest figure per op and class of inputs, of every back end and of torch. Without details over all outputs, parameters of
-    either dtype, and fused calls or not."""
+def accuracy(section):
+    """Largest figure per op, class of inputs and quantity, of every back end and of torch."""
     names = list(dict.fromkeys(case["backend"] for case in section["cases"]))
     rows = {}
     for case in section["cases"]:
         key = (case["op"], case["inputs"], case["quantity"])
-        if not details:
-            key = (case["op"].removesuffix(", fused"), case["inputs"].removesuffix(", float32 parameters"))
         row = rows.setdefault(key, {})
         row[case["backend"]] = max(row.get(case["backend"], 0.0), case["figure"])
-    header = ["op", "inputs", *(["quantity"] if details else []), *names]
+    header = ["op", "inputs", "quantity", *names]
     return table(header, [[*key, *(error(row.get(name)) for name in names)] for key, row in rows.items()])
-
-
-def error(figure):
-    return "-" if figure is None else f"{figure:.2f}" if figure < 100 else f"{figure:,.0f}" if figure < 1e6 else f"{figure:.0e}"
 
 
 def fold(section):
@@ -203,23 +182,6 @@ def sync(section):
     return "\n".join(["```", *section["printed"], "```"])
 
 
-# GPU --------------------------------------------------------------------------------------------------------------
-def gpu(section, groups=None):
-    """Device times; the others' as multiples of normext's."""
-    chosen = [case for case in section["cases"] if case["group"] in (groups or case["group"]) and "normext" in case["us"]]
-    others = list(dict.fromkeys(name for case in chosen for name in case["us"] if name not in ("normext", "copy")))
-    rows = []
-    for case in chosen:
-        us = case["us"]
-        shape = f"{case['rows']}x{case['cols']}" + (" qkv" if case["layout"] == "qkv" else "")
-        rates = [f"{case['bytes'] / us['normext'] * 1e-6:.2f}", f"{us['copy'] / us['normext']:.0%} ({case['l2']})"]
-        relative = [times(us[name] / us["normext"] if name in us else None) for name in others]
-        host = microseconds(case["host_us"]["normext"]) if "normext" in case["host_us"] else "-"
-        rows.append([case["op"], case["pass"], case["dtype"], shape, microseconds(us["normext"]), *rates, *relative, host])
-    header = ["op", "pass", "dtype", "shape", "us", "TB/s", "of copy", *(f"{name} takes" for name in others), "host us"]
-    return table(header, rows)
-
-
 # Documents --------------------------------------------------------------------------------------------------------
 def heading(results):
     about = results["machine"]
@@ -228,8 +190,8 @@ def heading(results):
     return f"{device}, torch {about['torch']}, {about['system']}."
 
 
-def render(results, details=True):
-    """Markdown of everything in a results file, or of what fits into README."""
+def render(results):
+    """Markdown of everything in a results file."""
     sections, parts = results["sections"], [heading(results)]
 
     def part(title, name, *bodies):
@@ -241,20 +203,19 @@ def render(results, details=True):
     part(f"Share of the rate of `y.copy_(x)`, warm pages, from {figures.OUT_OF_CACHE >> 20} MB", "cpu_warm", copy_rate_summary)
     part("Channel norms: times torch eager and torch.compile, geometric means over the grid", "channel", channel_summary)
     part("Call overhead and compiled blocks", "overhead", calls, blocks)
-    part("Largest error, in units of the accuracy contract (limit 4)", "accuracy", partial(accuracy, details=details))
+    part("Largest error, in units of the accuracy contract (limit 4)", "accuracy", accuracy)
     part("Deployment: BatchNorm folded into convolutions", "fold", fold)
-    if details:
-        part("SyncBatchNorm, processes over gloo", "sync", sync)
-    part("Device time", "gpu", partial(gpu, groups=None if details else ("llm", "decode")))
-    if details and "cpu_fresh" in sections:
+    part("SyncBatchNorm, processes over gloo", "sync", sync)
+    part("Device time", "gpu", overview.gpu)
+    if "cpu_fresh" in sections:
         for op in figures.OPS:
             parts.append(f"### {op} by shape, times torch\n\n" + by_shape(select(sections["cpu_fresh"], op)))
-    if details and "channel" in sections:
+    if "channel" in sections:
         for op in channel_grid.OPS:
             for layout in channel_grid.LAYOUTS:
                 rows = by_shape(select_channel(sections["channel"], op, layout=layout))
                 parts.append(f"### {op} {layout} by shape, times torch\n\n" + rows)
-    if details and "cpu_warm" in sections:
+    if "cpu_warm" in sections:
         note = "Bytes per second as a share of the copy's; * marks cases out of cache.\n\n"
         parts.append("### Share of the copy's rate by shape, warm pages\n\n" + note + copy_rates(sections["cpu_warm"]))
     return "\n\n".join(parts) + "\n"
@@ -273,22 +234,16 @@ def write(path):
             plot.save(results, path.with_suffix(".png"))
 
 
-def summaries(machines):
-    """What README shows: machines with the widest instruction set first, and of the errors, in which processors hardly differ, the
-    newest."""
-    newest = max((results["sections"].get("accuracy", {}).get("date", "") for results in machines), default="")
-    for results in sorted(machines, key=lambda results: ISAS.index(results["machine"].get("isa"))):
-        sections = results["sections"]
-        shown = {name: part for name, part in sections.items() if name != "accuracy" or part["date"] == newest}
-        yield render({**results, "sections": shown}, details=False)
-
-
-def readme(path, texts, check):
+def readme(path, blocks, check):
+    """Each block goes between the two markers with its name."""
     text = path.read_text()
-    if BEGIN not in text or END not in text:
-        raise SystemExit(f"{path} needs the two lines that mark where the tables go:\n{BEGIN}\n{END}")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    updated = before + "\n".join([BEGIN, *texts]) + END + after
+    updated = text
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name}: begin (written by benchmarks/report.py) -->", f"<!-- {name}: end -->"
+        if begin not in updated or end not in updated:
+            raise SystemExit(f"{path} needs the two lines that mark where the {name} go:\n{begin}\n{end}")
+        before, after = updated.split(begin)[0], updated.split(end)[1]
+        updated = "\n".join([before + begin, block, end + after])
     if check and updated != text:
         raise SystemExit(f"{path} does not show the committed results; run `python benchmarks/report.py --readme {path}`")
     path.write_text(updated)
@@ -305,7 +260,7 @@ def main():
         for path in paths:
             write(path)
     if args.readme:
-        readme(args.readme, summaries([machine.load(path) for path in paths]), args.check)
+        readme(args.readme, overview.blocks(paths), args.check)
 
 
 if __name__ == "__main__":
