@@ -27,6 +27,8 @@ OPS = ("tests/test_ops.py",)
 SUMS = "csrc/cuda/collectives.cuh"
 FORWARD = "csrc/cuda/row_forward.cuh"
 BACKWARD = "csrc/cuda/row_backward.cuh"
+BACKWARD_VALUES = "csrc/cuda/row_backward_values.cuh"
+PARAM_GRAD = "csrc/cuda/row_param_grad.cuh"
 RING = "csrc/cuda/row_ring.cuh"
 CPU_FORWARD = "csrc/cpu/row_forward.inl"
 CPU_MOMENTS = "csrc/cpu/row_moments.inl"
@@ -287,7 +289,7 @@ MUTANTS = (
         "emulated",
         TREE,
     ),
-    Mutant("only half a fold", BACKWARD, "store_pack(total + p, ", "store_pack(total, ", "emulated", ACCURACY),
+    Mutant("only half a fold", PARAM_GRAD, "store_pack(total + p, ", "store_pack(total, ", "emulated", ACCURACY),
     Mutant("a repeat takes the first row again", FORWARD, "(block * repeats + r) *", "(block * repeats) *", "emulated", TREE),
     Mutant("llama rounding: scaled twice", FORWARD, "  row.rstd = A(1);\n", "", "emulated", ACCURACY),
     Mutant(
@@ -304,7 +306,7 @@ MUTANTS = (
     Mutant("long accumulation chains, CUDA", "csrc/cuda/tuning.h", "kGroupRows = 16;", "kGroupRows = 256;", "emulated", ACCURACY),
     Mutant(
         "gradient of the sum dropped",
-        BACKWARD,
+        BACKWARD_VALUES,
         "dx[s][i] = dx[s][i] + residual.slot[s][i];",
         "dx[s][i] = dx[s][i];",
         "emulated",
@@ -321,7 +323,7 @@ MUTANTS = (
     ),
     # ---- rounding
     Mutant("llama rounding dropped", FORWARD, "params.args.rounding == Rounding::kLlama", "false", "emulated", EXACT),
-    Mutant("llama rounding of dweight dropped", BACKWARD, "rounding == Rounding::kLlama", "false", "emulated", EXACT),
+    Mutant("llama rounding of dweight dropped", PARAM_GRAD, "rounding == Rounding::kLlama", "false", "emulated", EXACT),
     Mutant(
         "weight offset added in the parameter type",
         FORWARD,

@@ -1,4 +1,4 @@
-// LayerNorm backward on CUDA: schedules in row_backward.cuh and param_grad.cuh, formula in norms/layer_norm.h.
+// LayerNorm backward on CUDA: schedules in row_backward.cuh, row_param_grad.cuh and param_grad.cuh, formula in norms/layer_norm.h.
 #include "cuda/row_backward_launch.cuh"
 #include "cuda/row_entry.h"
 #include "norms/layer_norm.h"

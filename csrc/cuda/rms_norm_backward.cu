@@ -1,4 +1,4 @@
-// RMSNorm backward on CUDA: schedules in row_backward.cuh and param_grad.cuh, formula in norms/rms_norm.h.
+// RMSNorm backward on CUDA: schedules in row_backward.cuh, row_param_grad.cuh and param_grad.cuh, formula in norms/rms_norm.h.
 #include "cuda/row_backward_launch.cuh"
 #include "cuda/row_entry.h"
 #include "norms/rms_norm.h"

@@ -78,11 +78,11 @@ class RowRing {
     for (int n = 0; n < kRows; ++n) request();
   }
 
-  // Row n, for n = 0, 1, ... The row kRows behind it then takes its place.
-  __device__ __forceinline__ void take(unsigned n, Tile<T, V, kSlots>& x, Tile<T, V, kSlots>& dy, const LaneColumns<V>& columns) {
+  // The next row. The row kRows behind it then takes its place.
+  __device__ __forceinline__ void take(Tile<T, V, kSlots>& x, Tile<T, V, kSlots>& dy, const LaneColumns<V>& columns) {
     copies_.template wait<kRows - 1>();
-    slots(n, 0).take(x, columns);
-    if (!only_input_) slots(n, 1).take(dy, columns);
+    slots(next_, 0).take(x, columns);
+    if (!only_input_) slots(next_, 1).take(dy, columns);
     request();
   }
 
@@ -92,7 +92,7 @@ class RowRing {
   const LaneColumns<V>& columns_;
   std::int64_t input_, grad_output_;  // offsets of next_row_
   bool aligned_, only_input_;
-  unsigned next_ = 0;  // requests made
+  unsigned next_ = 0;  // requests made; the next one has the place of the row to be taken next
   // Where a copy would be of two bytes, which there are none of, a row passes through registers: loaded at one request, stored at
   // the next.
   static constexpr bool kThroughRegisters = V * sizeof(T) < 4;
@@ -100,6 +100,7 @@ class RowRing {
   bool loaded_ = false;
   AsyncCopies<kRows * 2 * kSlots> copies_;
 
+  // Of request n, and of n - kRows.
   __device__ __forceinline__ RingSlots<T, V, kSlots> slots(unsigned n, unsigned tensor) const {
     constexpr int kBytes = V * sizeof(T);
     const int step = static_cast<int>(blockDim.x) * kBytes;
