@@ -80,6 +80,51 @@ QUICK = (
 )
 
 
+@dataclass(frozen=True)
+class GpuCase:
+    group: str
+    norm: str
+    shape: tuple[int, ...]
+    dtype: str = "bfloat16"
+    layout: str = "contiguous"
+
+
+def gpu_cases(full=False):
+    """In both layouts; what matters most comes first: training ResNet-50, diffusion, then one image."""
+    resnet = ((256, 56), (512, 28), (1024, 14), (2048, 7), (64, 112), (64, 56))
+    cases = [GpuCase("resnet", "batch_norm", (64, c, hw, hw), layout=layout) for c, hw in resnet[:4] for layout in LAYOUTS]
+    cases += [GpuCase("diffusion", "group_norm", (2, c, hw, hw), layout=layout) for c, hw, _ in _DIFFUSION for layout in LAYOUTS]
+    cases += [GpuCase("instance", "instance_norm", shape, layout=layout) for shape in _INSTANCE for layout in LAYOUTS]
+    cases += [GpuCase("image", "batch_norm", (1, c, hw, hw), layout=layout) for c, hw in resnet[:4] for layout in LAYOUTS]
+    cases += [
+        GpuCase("spot", "batch_norm", (64, 512, 28, 28), "float32"),
+        GpuCase("spot", "group_norm", (2, 640, 32, 32), "float32"),
+    ]
+    if full:
+        cases += [
+            GpuCase("resnet", "batch_norm", (n, c, hw, hw), dtype, layout)
+            for n in (8, 64, 256)
+            for c, hw in resnet
+            for dtype in DTYPES
+            for layout in LAYOUTS
+        ]
+        cases += [
+            GpuCase("diffusion", "group_norm", (n, c, hw, hw), dtype, layout)
+            for n in (1, 8)
+            for c, hw, _ in _DIFFUSION
+            for dtype in DTYPES
+            for layout in LAYOUTS
+        ]
+    return list(dict.fromkeys(cases))
+
+
+GPU_DRY = [
+    GpuCase("resnet", "batch_norm", (2, 8, 4, 4), "float32"),
+    GpuCase("diffusion", "group_norm", (1, 64, 4, 4), "float32", "channels_last"),
+    GpuCase("instance", "instance_norm", (1, 4, 4, 4), "float32"),
+]
+
+
 def statistics(op, shape):
     """How many slabs have a mean of their own."""
     images, channels = shape[:2]

@@ -77,7 +77,7 @@ class Inputs:
     running: tuple[torch.Tensor, ...]  # mean and variance; none where the op has none
     weight: torch.Tensor
     bias: torch.Tensor
-    output_grad: torch.Tensor | None = None
+    output_grads: tuple[torch.Tensor, ...] = ()
 
     def arguments(self):
         return tuple(t for t in (self.x, self.residual, *self.running, self.weight, self.bias) if t is not None)
@@ -87,7 +87,7 @@ class Inputs:
 
     def gradients(self, fn):
         """Forward, then the gradients of every input: one training step's share of this op."""
-        return torch.autograd.grad(fn(*self.arguments()), self.leaves(), self.output_grad)
+        return torch.autograd.grad(fn(*self.arguments()), self.leaves(), self.output_grads)
 
 
 def memory_format(shape, layout):
@@ -96,20 +96,20 @@ def memory_format(shape, layout):
     return torch.channels_last if len(shape) == 4 else torch.channels_last_3d
 
 
-def make_inputs(op, shape, dtype, layout, requires_grad=False):
-    """Random activations of a dtype and layout; parameters and running statistics are float32."""
+def make_inputs(op, shape, dtype, layout, requires_grad=False, device="cpu", param_dtype=torch.float32):
+    """Random activations of a dtype and layout; parameters and running statistics are float32, or of param_dtype."""
 
     def activation(layout):
-        return torch.randn(shape).to(dtype).contiguous(memory_format=memory_format(shape, layout))
+        return torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory_format(shape, layout))
 
-    channels = shape[1]
-    running = (torch.randn(channels), torch.rand(channels) + 0.5) if op.norm == "batch_norm" else ()
-    inputs = Inputs(
-        activation(layout), activation(layout) if op.residual else None, running, torch.randn(channels), torch.randn(channels)
-    )
+    def parameter():
+        return torch.randn(shape[1], device=device).to(param_dtype)
+
+    running = (parameter(), parameter().abs() + 0.5) if op.norm == "batch_norm" else ()
+    inputs = Inputs(activation(layout), activation(layout) if op.residual else None, running, parameter(), parameter())
     if requires_grad:
         # Like the output, which of instance_norm is always contiguous.
-        inputs.output_grad = activation("contiguous" if op.norm == "instance_norm" else layout)
+        inputs.output_grads = (activation("contiguous" if op.norm == "instance_norm" else layout),)
         for tensor in inputs.leaves():
             tensor.requires_grad_()
     return inputs

@@ -13,31 +13,23 @@ import sys
 import time
 from pathlib import Path
 
+import gpu_cases
 import gpu_timing
-import grid
 import machine
-import ops
 import peers
 import torch
 import torch._functorch.config as functorch_config
-import traffic
 
 PASSES = ("forward", "backward")
 
 
-def functions(op, found_peers, with_compile):
+def functions(case, op, found_peers, with_compile):
     """{contender: function of Inputs.arguments()}"""
-    table = {"normext": ops.function("normext", op), "eager": ops.function("torch", op)}
+    table = {"normext": case.function("normext", op), "eager": case.function("torch", op)}
     if with_compile:
         torch.compiler.reset()
-        table["compiled"] = torch.compile(ops.function("torch", op), dynamic=False, fullgraph=True)
+        table["compiled"] = torch.compile(case.function("torch", op), dynamic=False, fullgraph=True)
     return table | {name: peer[op.name] for name, peer in found_peers.items() if op.name in peer}
-
-
-def floor_bytes(op, case, kind):
-    size = getattr(torch, case.dtype).itemsize
-    count = traffic.forward if kind == "forward" else traffic.backward
-    return count(op, case.rows, case.cols, size, size)
 
 
 def copy_calls(nbytes, sets, device):
@@ -52,15 +44,15 @@ def calls(function, inputs, kind, timer):
     with timer.scope():
         graphs = [(function(*each.arguments()), each) for each in inputs]
     return [
-        lambda y=y, each=each: torch.autograd.grad(y, each.arguments(), each.output_grads, retain_graph=True) for y, each in graphs
+        lambda y=y, each=each: torch.autograd.grad(y, each.leaves(), each.output_grads, retain_graph=True) for y, each in graphs
     ]
 
 
-def check(function, op, inputs):
-    """Refuses to time what is wrong: the output against torch's in float32."""
-    wanted = ops.function("torch", op)(*(tensor.detach().float() for tensor in inputs.arguments()))
+def check(function, case, op, inputs):
+    """Refuses to time what is wrong: the output against torch's in float32. Running statistics are those of copies."""
+    wanted = case.function("torch", op)(*(tensor.detach().clone().float() for tensor in inputs.arguments()))
     found = function(*inputs.arguments())
-    pairs = zip(*((both if op.fused else (both,)) for both in (found, wanted)), strict=True)
+    pairs = zip(*((both if isinstance(both, tuple) else (both,)) for both in (found, wanted)), strict=True)
     limit = 1e-4 if inputs.x.dtype == torch.float32 else 2e-2
     for ours, theirs in pairs:
         error = ((ours.detach().float() - theirs).norm() / theirs.norm()).item()
@@ -76,21 +68,17 @@ def host_call(function, inputs, kind):
 
 def measure(case, op, kind, table, timer, options):
     device, train = options.device, kind == "backward"
-    nbytes = floor_bytes(op, case, kind)
+    nbytes = case.floor_bytes(op, kind)
     sets, cold = gpu_timing.sets_needed(nbytes, options.l2_bytes)
-    inputs = [
-        ops.make_inputs(op, case.rows, case.cols, getattr(torch, case.dtype), device, case.layout, requires_grad=train)
-        for _ in range(sets)
-    ]
-    row = {"group": case.group, "op": op.name, "pass": kind, "dtype": case.dtype, "rows": case.rows, "cols": case.cols}
-    row |= {"layout": case.layout, "l2": "cold" if cold else "warm", "bytes": nbytes, "host_us": {}, "failed": {}}
+    inputs = [case.inputs(op, device, train) for _ in range(sets)]
+    row = case.described(op) | {"pass": kind, "l2": "cold" if cold else "warm", "bytes": nbytes, "host_us": {}, "failed": {}}
     prepared = {"copy": timer.prepare(copy_calls(nbytes, sets, device))}
     with torch.set_grad_enabled(train):
         for name, function in table.items():
             try:
-                check(function, op, inputs[0])
+                check(function, case, op, inputs[0])
                 prepared[name] = timer.prepare(calls(function, inputs, kind, timer))
-                if case.group == "decode":
+                if case.group in ("decode", "image"):
                     call = host_call(function, inputs[0], kind)
                     row["host_us"][name] = gpu_timing.host_seconds(call, device) * 1e6
             except Exception as error:  # one contender's failure must not cost the others their figures
@@ -102,15 +90,15 @@ def measure(case, op, kind, table, timer, options):
 def line(row):
     """One short line per measurement; figures of the others are their time over normext's."""
     us = row["us"]
-    what = f"{row['op']:<14} {row['pass']:<8} {row['dtype']:<8} {row['rows']}x{row['cols']}"
-    what += " qkv" if row["layout"] == "qkv" else ""
+    what = f"{row['op']:<19} {row['pass']:<8} {row['dtype']:<8} {row['shape']}"
+    what += "" if row["layout"] == "contiguous" else f" {row['layout']}"
     if "normext" not in us:
-        return f"{what:<50} FAILED {row['failed']['normext']}"
+        return f"{what:<66} FAILED {row['failed']['normext']}"
     others = " ".join(f"{name} {us[name] / us['normext']:.2f}x" for name in us if name not in ("normext", "copy"))
     host = f" host {row['host_us']['normext']:.1f} us" if "normext" in row["host_us"] else ""
     rate = row["bytes"] / us["normext"] * 1e-6
     share = us["copy"] / us["normext"]
-    return f"{what:<50} {us['normext']:8.2f} us {rate:5.2f} TB/s {share:4.0%} of copy ({row['l2']})  {others}{host}"
+    return f"{what:<66} {us['normext']:8.2f} us {rate:5.2f} TB/s {share:4.0%} of copy ({row['l2']})  {others}{host}"
 
 
 def describe(options):
@@ -127,7 +115,7 @@ def arguments():
     parser.add_argument("--output", type=Path, default=machine.RESULTS, help="folder of the results file")
     parser.add_argument("--full", action="store_true", help="the whole grid")
     parser.add_argument("--groups", help="of the grid, comma separated")
-    parser.add_argument("--ops", default="rms_norm,layer_norm,add_rms_norm,add_layer_norm")
+    parser.add_argument("--ops", help="comma separated; default: all")
     parser.add_argument("--compile", default="llm", help='groups with torch.compile, comma separated, or "all", "none"')
     parser.add_argument("--time-limit", type=float, default=480, help="seconds after which no case is begun; 0: none")
     parser.add_argument("--rounds", type=int, default=7)
@@ -152,7 +140,7 @@ def main():
     found_peers, missing = ({}, {}) if options.dry_run else peers.installed()
     for name, reason in missing.items():
         print(f"peer {name} left out: {reason}", file=sys.stderr)
-    cases = grid.GPU_DRY if options.dry_run else grid.gpu_cases(options.full)
+    cases = gpu_cases.cases(options.full, options.dry_run)
     if options.groups:
         cases = [case for case in cases if case.group in options.groups.split(",")]
 
@@ -162,10 +150,11 @@ def main():
             skipped += 1
             continue
         with_compile = options.compile == "all" or case.group in options.compile.split(",")
-        for name in options.ops.split(","):
+        for op in case.ops():
             for kind in PASSES:
-                op = ops.OPS[name]
-                rows.append(measure(case, op, kind, functions(op, found_peers, with_compile), timer, options))
+                if not options.ops or op.name in options.ops.split(","):
+                    table = functions(case, op, found_peers, with_compile)
+                    rows.append(measure(case, op, kind, table, timer, options))
 
     described = describe(options)
     section = {"cases": rows, "runs": 1, "skipped_cases": skipped, "peers_missing": missing}

@@ -162,7 +162,7 @@ def gpu(section, groups=None):
     rows = []
     for case in chosen:
         us = case["us"]
-        shape = f"{case['rows']}x{case['cols']}" + (" qkv" if case["layout"] == "qkv" else "")
+        shape = case["shape"] + ("" if case["layout"] == "contiguous" else f" {case['layout']}")
         rates = [f"{case['bytes'] / us['normext'] * 1e-6:.2f}", f"{us['copy'] / us['normext']:.0%} ({case['l2']})"]
         relative = [times(us[name] / us["normext"] if name in us else None) for name in others]
         host = microseconds(case["host_us"]["normext"]) if "normext" in case["host_us"] else "-"
@@ -208,7 +208,7 @@ def blocks(paths):
     parts = [provenance(every)]
     for m in every:
         if "gpu" in m.sections:
-            parts.append(f"### Device time, {m.name}\n\n{gpu(m.sections['gpu'], groups=('llm', 'decode'))}")
+            parts.append(f"### Device time, {m.name}\n\n{gpu(m.sections['gpu'], groups=('llm', 'decode', 'resnet', 'diffusion'))}")
     for title, body in (
         ("Row norms, times torch, geometric means over the grid (float32, bfloat16)", grid(machines, *GRIDS[0])),
         ("Row norms, warm pages, from 32 MB: share of the rate of `y.copy_(x)` (float32, bfloat16)", copy_rates(machines)),

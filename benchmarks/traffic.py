@@ -36,22 +36,23 @@ def train(op, rows, cols, e, p):
 # incoming gradient for dx, depends on whether a slab stays in cache meanwhile. Without an activation a residual's gradient
 # is the incoming one and nothing is moved; with one, what the backward needs to know of its input is a bit per element.
 CORE_CACHE = 2 << 20  # bytes: the L2 cache of a server's core
+CLUSTER_MEMORY = 16 * 227 << 10  # bytes: the shared memory of the largest cluster of blocks of a GPU
 
 
-def channel_forward(op, shape, layout, e, p, stats=False):
+def channel_forward(op, shape, layout, e, p, stats=False, cache=CORE_CACHE):
     """Bytes of one forward call; `stats` adds what training saves for the backward."""
     n, channels = prod(shape), shape[1]
-    reads = 1 if op.fixed_stats or channel_grid.slab_bytes(op, shape, layout, e) <= CORE_CACHE else 2
+    reads = 1 if op.fixed_stats or channel_grid.slab_bytes(op, shape, layout, e) <= cache else 2
     running = {"batch_norm": 2 if op.fixed_stats else 4}.get(op.norm, 0)  # read, in training written, too
     saved = 12 * channel_grid.statistics(op, shape) + (n // 8 if op.residual and op.activation else 0) if stats else 0
     return (reads + 1 + op.residual) * n * e + (2 + running) * channels * p + saved
 
 
-def channel_backward(op, shape, layout, e, p):
+def channel_backward(op, shape, layout, e, p, cache=CORE_CACHE):
     """x and dy in, dx out, as well as the residual's gradient; parameters in, their gradients out. An activation of what the
     norm alone gives is computed again."""
     n, channels = prod(shape), shape[1]
-    reads = 2 if op.fixed_stats or 2 * channel_grid.slab_bytes(op, shape, layout, e) <= CORE_CACHE else 4
+    reads = 2 if op.fixed_stats or 2 * channel_grid.slab_bytes(op, shape, layout, e) <= cache else 4
     written = 1 + (op.residual and op.activation)
     bits = n // 8 if op.residual and op.activation else 0
     parameters = 4 if op.activation else 3

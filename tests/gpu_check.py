@@ -4,8 +4,8 @@
     make gpu-check GPU_ARGS="--minutes 9"              as many as fit
     make gpu-check GPU_ARGS="--only build,graphs,suite"
 
-Builds for the GPUs present, captures graphs, runs the whole suite, part of it under compute-sanitizer, and the benchmarks of row
-norms. In the folder given ($OUT) are log.txt, summary.txt, up to date after every step, and the benchmarks' results.
+Builds for the GPUs present, captures graphs, runs the whole suite, part of it under compute-sanitizer, and the
+benchmarks. In the folder given ($OUT) are log.txt, summary.txt, up to date after every step, and the benchmarks' results.
 """
 
 import argparse
