@@ -269,6 +269,17 @@ def test_buffers_that_lie_apart(device):
     assert table[:, 1].equal(plain[0]) and table[:, 3].equal(plain[1]) and table[:, ::2].equal(before[:, ::2])
 
 
+@pytest.mark.parametrize("shared", ["running_mean", "running_var"])
+def test_buffers_that_are_the_bias(shared, device):
+    """The output is made of the bias before the update, in every channel."""
+    x, weight = torch.randn(3, 300, 7, device=device), torch.randn(300, device=device)
+    buffers = {"running_mean": torch.rand(300, device=device), "running_var": torch.rand(300, device=device)}
+    apart = {name: buffer.clone() for name, buffer in buffers.items()}
+    expected = normext.batch_norm(x, **apart, weight=weight, bias=buffers[shared].clone(), training=True)
+    assert normext.batch_norm(x, **buffers, weight=weight, bias=buffers[shared], training=True).equal(expected)
+    assert all(buffer.equal(apart[name]) for name, buffer in buffers.items())
+
+
 def test_buffers_that_need_gradients_are_refused_as_in_torch(device):
     """A running statistic is not differentiable; in training it is written to, which a leaf that needs a gradient refuses."""
     import torch.nn.functional as F

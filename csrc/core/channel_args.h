@@ -50,6 +50,15 @@ constexpr float kNoValues = -1.0f;
 // Planes of moments that SyncBatchNorm exchanges: the mean, its rounding error, the sum of squared deviations.
 constexpr int kChannelMoments = 3;
 
+// Running statistics, of batch norm or of the images of instance norm: running = (1 - momentum) * running + momentum * statistic.
+struct RunningUpdate {
+  DType dtype = DType::kFloat32;          // float64 with float64 statistics, another with float32
+  void* mean = nullptr;                   // [channels] or null
+  void* var = nullptr;                    // [channels] or null
+  const std::int64_t* batches = nullptr;  // [1] or null: momentum is then 1 / *batches (cumulative average)
+  double momentum = 0.0;
+};
+
 // output = activation(norm(input) * weight + bias + residual). All tensors of input's shape have input's layout, but see
 // planes_output.
 struct ChannelForwardArgs {
@@ -64,9 +73,15 @@ struct ChannelForwardArgs {
   void* stats = nullptr;           // [4, slabs]; written, or read where given_stats. Null where only moments are wanted
   void* moments = nullptr;         // [3, slabs] or null; written
   bool given_stats = false;
-  bool planes_output = false;  // of input in kChannelsLast without residual, where cpu::turns_into_planes() says so
+  // Evaluation of batch norm: the statistics come from these; on CUDA, stats may then be null.
+  const void* running_mean = nullptr;  // [channels] of param_dtype, or null
+  const void* running_var = nullptr;   // likewise
+  RunningUpdate update;                // batch norm only: what takes the statistics of this batch
+  bool planes_output = false;          // of input in kChannelsLast without residual, where cpu::turns_into_planes() says so
   double eps = 0.0;
   Activation activation = Activation::kNone;
+
+  bool takes_statistics() const { return !given_stats && running_mean == nullptr; }
 };
 
 // Gradients of the same; dz is the gradient of what the activation is applied to.
@@ -105,28 +120,13 @@ struct ChannelMergeArgs {
   double eps = 0.0;
 };
 
-// The statistics of evaluation mode, from running ones.
-struct FixedStatsArgs {
-  DType dtype = DType::kFloat32;          // of stats: float32 or float64
-  DType running_dtype = DType::kFloat32;  // of running_mean and running_var
-  std::int64_t channels = 0;
-  const void* running_mean = nullptr;  // [channels]
-  const void* running_var = nullptr;   // [channels]
-  void* stats = nullptr;               // [4, channels]; the last plane is 0
-  double eps = 0.0;
-};
-
-// running = (1 - momentum) * running + momentum * statistic, averaged over the images of each channel (one for batch norm).
+// An update of running statistics alone, by the mean over the images of each channel (one for batch norm).
 struct RunningArgs {
-  DType dtype = DType::kFloat32;          // of stats: float32 or float64
-  DType running_dtype = DType::kFloat32;  // of running_mean and running_var
+  DType dtype = DType::kFloat32;  // of stats: float32 or float64
   std::int64_t images = 1;
   std::int64_t channels = 0;
-  const void* stats = nullptr;            // [4, images * channels]
-  void* running_mean = nullptr;           // [channels] or null
-  void* running_var = nullptr;            // [channels] or null
-  const std::int64_t* batches = nullptr;  // [1] or null: momentum is then 1 / *batches (cumulative average)
-  double momentum = 0.0;
+  const void* stats = nullptr;  // [4, images * channels]
+  RunningUpdate update;
 };
 
 }  // namespace normext

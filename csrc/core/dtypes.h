@@ -26,6 +26,7 @@ inline std::size_t size_of(DType dtype) {
   return 0;
 }
 
+constexpr DType accumulate_dtype_of(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 inline std::size_t accumulate_size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
 template <class F>

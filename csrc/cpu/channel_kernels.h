@@ -46,7 +46,7 @@ struct ChannelPlan {
 struct ChannelKernels {
   void (*forward)(const ChannelForwardArgs& args, const ChannelPlan& plan);
   void (*backward)(const ChannelBackwardArgs& args, const ChannelPlan& plan);
-  void (*fixed_stats)(const FixedStatsArgs& args);
+  void (*fixed_stats)(const ChannelForwardArgs& args);  // stats from running_mean and running_var
   void (*update_running)(const RunningArgs& args);
 };
 

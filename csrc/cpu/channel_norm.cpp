@@ -59,6 +59,12 @@ ChannelShape seen_by_kernels(ChannelShape shape) {
   return shape;
 }
 
+ChannelForwardArgs seen_by_kernels(ChannelForwardArgs args) {
+  args.shape = seen_by_kernels(args.shape);
+  args.given_stats = !args.takes_statistics();
+  return args;
+}
+
 // Length of equal pieces of at most `most` values of n; whole multiples of `unit`.
 std::int64_t piece_of(std::int64_t n, std::int64_t most, std::int64_t unit) { return over(over(n, over(n, most)), unit) * unit; }
 
@@ -282,20 +288,20 @@ void merge_moments_as(const ChannelMergeArgs& args) {
 }  // namespace
 
 std::size_t channel_forward_workspace(const ChannelForwardArgs& args) {
-  ChannelForwardArgs seen = args;
-  seen.shape = seen_by_kernels(args.shape);
   ChannelPlan plan;
-  return forward_plan(seen, nullptr, plan);
+  return forward_plan(seen_by_kernels(args), nullptr, plan);
 }
 
 void channel_forward(const ChannelForwardArgs& args, void* workspace, const Parallel& parallel) {
-  ChannelForwardArgs seen = args;
-  seen.shape = seen_by_kernels(args.shape);
+  if (args.running_mean != nullptr) kernels().channel.fixed_stats(args);
+  const ChannelForwardArgs seen = seen_by_kernels(args);
   ChannelPlan plan;
   forward_plan(seen, workspace, plan);
   const bool plain = args.output != nullptr && args.activation == Activation::kNone;
   share(plan, parallel, seen.shape, args.dtype, 2, 1, plain, plain && args.residual == nullptr && !args.planes_output);
   kernels().channel.forward(seen, plan);
+  if (args.update.mean != nullptr)
+    update_running({accumulate_dtype_of(args.dtype), 1, args.shape.channels, args.stats, args.update});
 }
 
 std::size_t channel_backward_workspace(const ChannelBackwardArgs& args) {
@@ -319,8 +325,6 @@ void merge_moments(const ChannelMergeArgs& args) {
   if (args.dtype == DType::kFloat64) merge_moments_as<double>(args);
   else merge_moments_as<float>(args);
 }
-
-void fixed_stats(const FixedStatsArgs& args) { kernels().channel.fixed_stats(args); }
 
 void update_running(const RunningArgs& args) { kernels().channel.update_running(args); }
 

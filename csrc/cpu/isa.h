@@ -30,7 +30,6 @@ void channel_forward(const ChannelForwardArgs& args, void* workspace, const Para
 std::size_t channel_backward_workspace(const ChannelBackwardArgs& args);
 void channel_backward(const ChannelBackwardArgs& args, void* workspace, const Parallel& parallel);
 void merge_moments(const ChannelMergeArgs& args);
-void fixed_stats(const FixedStatsArgs& args);
 void update_running(const RunningArgs& args);
 
 // [batch, rows, cols] to [batch, cols, rows], at least kLeastTransposed of each; elements of 2, 4 or 8 bytes.

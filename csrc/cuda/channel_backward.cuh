@@ -1,8 +1,10 @@
 // The steps of a channel norm's backward, which are the same for both layouts.
 //
 //   sums     partial sums of dz and dz*xhat per channel (and image, for group norm)       skipped where nothing needs them
-//   finish   parameter gradients, SyncBatchNorm's sums, means over the slabs              channel_stats.cuh
+//   finish   parameter gradients, SyncBatchNorm's sums, means over the slabs              channel_stats.cuh; planes: see below
 //   apply    gradients of input and residual: dz is computed again                        skipped where neither is wanted
+//
+// On planes apply finds the means of its slab by itself, and batch norm's parameter gradients with them: a launch less.
 #pragma once
 
 #include "cuda/channel_entry.h"
@@ -11,10 +13,12 @@
 
 namespace normext::cuda {
 
-// launch_sums(A* partials), launch_apply(const A* means)
+// launch_sums(finish), launch_apply(finish). Where finish.means is null and means are wanted, apply finds them.
 template <class A, class Sums, class Apply>
 void backward_steps(const ChannelBackwardArgs& args, void* workspace, void* stream, Sums launch_sums, Apply launch_apply) {
   const GradWorkspace sizes(args, args.shape, static_cast<int>(size_of(args.dtype)));
+  const bool planes = args.shape.layout == ChannelLayout::kPlanes, batch_norm = args.shape.batch_norm();
+  const bool apply_finishes = planes && sizes.needs_means && args.sums == nullptr;
   A* partials = static_cast<A*>(workspace);
   GradSumsParams<A> finish{};
   finish.shape = args.shape;
@@ -23,23 +27,25 @@ void backward_steps(const ChannelBackwardArgs& args, void* workspace, void* stre
   finish.weight = args.weight;
   A* means = sizes.needs_means ? partials + sizes.partials : nullptr;
   if (sizes.needs_sums) {
-    launch_sums(partials);
+    finish.by_channel = apply_finishes && batch_norm;
     finish.partials = partials;
     finish.grad[0] = args.grad_bias;
     finish.grad[1] = args.grad_weight;
     finish.sums = args.given_sums ? nullptr : static_cast<A*>(args.sums);
-    finish.means = args.given_sums ? nullptr : means;
-    launch_grad_sums(finish, stream);
+    finish.means = args.given_sums || apply_finishes ? nullptr : means;
+    launch_sums(finish);
+    if (!finish.by_channel) launch_grad_sums(finish, stream);
   }
   if (args.given_sums && sizes.needs_means) {
     finish.runs = 1;
+    finish.by_channel = false;
     finish.partials = static_cast<const A*>(args.sums);
     finish.grad[0] = finish.grad[1] = nullptr;
     finish.means = means;
     finish.count = args.count;
     launch_grad_sums(finish, stream);
   }
-  if (args.grad_input != nullptr || args.grad_residual != nullptr) launch_apply(means);
+  if (args.grad_input != nullptr || args.grad_residual != nullptr) launch_apply(finish);
 }
 
 // Replaces dy by dz and gives xhat, of N values.

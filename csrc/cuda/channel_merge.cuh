@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/channel_args.h"
+#include "cuda/channel_entry.h"
 #include "cuda/collectives.cuh"
 #include "norms/channel_norm.h"
 
@@ -92,6 +93,54 @@ __device__ __forceinline__ Counted<A> merge_table(const A* table, std::int64_t e
   return merge_lanes(sequence.all());
 }
 
+// Element i of an array of a type known at run time: double if A is, one of the others if not.
+template <class A>
+__device__ __forceinline__ A load_any(DType dtype, const void* p, std::int64_t i) {
+  if constexpr (sizeof(A) == 8) {
+    return static_cast<const double*>(p)[i];
+  } else if (dtype == DType::kFloat16) {
+    return to_accumulate(static_cast<const Half*>(p)[i]);
+  } else if (dtype == DType::kBFloat16) {
+    return to_accumulate(static_cast<const BFloat16*>(p)[i]);
+  } else {
+    return static_cast<const float*>(p)[i];
+  }
+}
+template <class A>
+__device__ __forceinline__ void store_any(DType dtype, void* p, std::int64_t i, A value) {
+  if constexpr (sizeof(A) == 8) {
+    static_cast<double*>(p)[i] = value;
+  } else if (dtype == DType::kFloat16) {
+    static_cast<Half*>(p)[i] = from_accumulate<Half>(value);
+  } else if (dtype == DType::kBFloat16) {
+    static_cast<BFloat16*>(p)[i] = from_accumulate<BFloat16>(value);
+  } else {
+    static_cast<float*>(p)[i] = value;
+  }
+}
+
+// The running statistics of a channel take those of a batch.
+template <class A>
+__device__ __forceinline__ void update_running_stats(const RunningUpdate& update, A momentum, std::int64_t channel, A mean,
+                                                     A unbiased) {
+  const A rate = update.batches != nullptr ? A(1) / static_cast<A>(*update.batches) : momentum;
+  const auto take = [&](void* running, A found) {
+    if (running == nullptr) return;
+    const A old = load_any<A>(update.dtype, running, channel);
+    store_any(update.dtype, running, channel, ChannelNorm::running<A>(old, found, rate));
+  };
+  take(update.mean, mean);
+  take(update.var, unbiased);
+}
+
+template <class A>
+__device__ __forceinline__ void put_stats(A* stats, std::int64_t slabs, std::int64_t slab, const CentredRow<A>& row, A unbiased) {
+  stats[slab] = row.hi;
+  stats[slabs + slab] = row.lo;
+  stats[2 * slabs + slab] = row.rstd;
+  stats[3 * slabs + slab] = unbiased;
+}
+
 // A slab's statistics, from its merged moments.
 template <class A>
 struct SlabStats {
@@ -101,19 +150,11 @@ struct SlabStats {
   __device__ __forceinline__ SlabStats(const Moments<A>& m, A n, A eps)
       : row(finish_centred(m.mean, m.correction, m.m2, n, eps)), m2(m.m2), unbiased(ChannelNorm::unbiased_variance(m.m2, n)) {}
 
-  // stats: [4][slabs], moments: [3][slabs]; either may be null.
-  __device__ __forceinline__ void save(A* stats, A* moments, std::int64_t slabs, std::int64_t slab) const {
-    if (stats != nullptr) {
-      stats[slab] = row.hi;
-      stats[slabs + slab] = row.lo;
-      stats[2 * slabs + slab] = row.rstd;
-      stats[3 * slabs + slab] = unbiased;
-    }
-    if (moments != nullptr) {
-      moments[slab] = row.hi;
-      moments[slabs + slab] = row.lo;
-      moments[2 * slabs + slab] = m2;
-    }
+  // By one thread. A slab of batch norm is a channel.
+  __device__ __forceinline__ void save(const SlabSink<A>& sink, std::int64_t slab) const {
+    if (sink.stats != nullptr) put_stats(sink.stats, sink.slabs, slab, row, unbiased);
+    if (sink.moments != nullptr) put_moments(sink.moments, sink.slabs, slab, Moments<A>{row.hi, row.lo, m2});
+    if (sink.update.mean != nullptr) update_running_stats(sink.update, sink.momentum, slab, row.hi + row.lo, unbiased);
   }
 };
 
@@ -129,6 +170,40 @@ __device__ __forceinline__ Accumulate<T> load_parameter(const void* p, bool wide
   if (p == nullptr) return absent;
   if (sizeof(T) == 2 && wide) return static_cast<const float*>(p)[i];
   return to_accumulate(static_cast<const T*>(p)[i]);
+}
+
+// The statistics of a channel in evaluation.
+template <class T, class A = Accumulate<T>>
+__device__ __forceinline__ CentredRow<A> running_stats(const ChannelForwardArgs& args, bool wide, std::int64_t channel, A eps) {
+  return ChannelNorm::from_running<A>(load_parameter<T>(args.running_mean, wide, channel, 0.0f),
+                                      load_parameter<T>(args.running_var, wide, channel, 1.0f), eps);
+}
+
+constexpr int kMeansLevels = 6;  // up to 2^35 partial sums in a group
+
+// Means over a slab of g (which = 0) and g * xhat (1), from the partial sums of its channels; by a whole warp.
+template <class A>
+__device__ __forceinline__ A group_mean(const GradSumsParams<A>& params, int which, std::int64_t slab) {
+  const ChannelShape& shape = params.shape;
+  const std::int64_t each = shape.channels / shape.groups;
+  const std::int64_t image = slab / shape.groups;
+  const std::int64_t first_channel = (slab - image * shape.groups) * each;
+  const A sum = warp_pairwise<kMeansLevels, A>(slab < 0 ? 0 : params.runs * each, [&](std::int64_t e) {
+    const std::int64_t run = e / each;
+    const std::int64_t channel = first_channel + e - run * each;
+    const A weight = params.weight != nullptr ? load_any<A>(params.param_dtype, params.weight, channel) : A(1);
+    return weight * params.partials[params.place(which, image * params.runs + run, channel)];
+  });
+  return sum / static_cast<A>(each * shape.spatial);
+}
+// The same of batch norm, whose slabs are channels. Where `stores`, the sum is a parameter's gradient, too.
+template <class A>
+__device__ __forceinline__ A channel_mean(const GradSumsParams<A>& params, int which, std::int64_t channel, bool stores) {
+  const A sum =
+      warp_pairwise<kMeansLevels, A>(params.runs, [&](std::int64_t e) { return params.partials[params.place(which, e, channel)]; });
+  if (stores && params.grad[which] != nullptr && lane_id() == 0) store_any(params.param_dtype, params.grad[which], channel, sum);
+  const A weight = params.weight != nullptr ? load_any<A>(params.param_dtype, params.weight, channel) : A(1);
+  return weight * sum / static_cast<A>(params.shape.slab_size());
 }
 
 // y = activation(z), one branch for all values.

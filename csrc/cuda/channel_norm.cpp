@@ -11,7 +11,7 @@ std::size_t channel_forward_workspace(const ChannelForwardArgs& args, int device
   ChannelForwardArgs canonical_args = args;
   canonical_args.shape = canonical(args.shape);
   if (canonical_args.shape.layout == ChannelLayout::kPlanes) return planes_forward_workspace(canonical_args, device);
-  if (args.given_stats) return 0;
+  if (!args.takes_statistics()) return 0;
   const LastPlan plan = last_plan(canonical_args.shape, static_cast<int>(size_of(args.dtype)));
   return static_cast<std::size_t>(plan.slabs() * 3 * plan.entries()) * accumulate_size_of(args.dtype);
 }

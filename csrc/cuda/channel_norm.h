@@ -13,7 +13,6 @@ std::size_t channel_backward_workspace(const ChannelBackwardArgs& args, int devi
 void channel_backward(const ChannelBackwardArgs& args, void* workspace, int device, void* stream);
 
 void merge_moments(const ChannelMergeArgs& args, int device, void* stream);
-void fixed_stats(const FixedStatsArgs& args, int device, void* stream);
 void update_running(const RunningArgs& args, int device, void* stream);
 
 }  // namespace normext::cuda

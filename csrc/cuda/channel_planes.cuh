@@ -24,6 +24,7 @@ struct PlanesForwardParams {
   ChannelForwardArgs args;
   PlanesPlan plan;
   A eps;
+  SlabSink<A> sink;
   A* partials;         // [slabs][3][segments]
   bool input_aligned;  // input and residual
   bool output_aligned;
@@ -57,12 +58,19 @@ __global__ void __launch_bounds__(kTeamWarps * 32, 1)
   if (lane_id() == 0) put_moments(params.partials + team.slab * 3 * plan.segments, plan.segments, team.segment, merged.moments);
 }
 
-// The statistics of the team's slab, given or merged; all threads of the block must call it.
-template <class A>
+// The statistics of the team's slab, given, running or merged; all threads of the block must call it.
+template <class T, class A = Accumulate<T>>
 __device__ __forceinline__ CentredRow<A> team_stats(const PlanesForwardParams<A>& params, const Team& team) {
   const PlanesPlan& plan = params.plan;
   const ChannelForwardArgs& args = params.args;
   if (args.given_stats) return team.active ? load_stats<A>(args.stats, plan.slabs, team.slab) : CentredRow<A>{};
+  if (args.running_mean != nullptr) {
+    if (!team.active) return {};
+    const auto row = running_stats<T>(args, params.wide, team.slab, params.eps);
+    const bool first = team.segment == 0 && team.warp == 0 && lane_id() == 0;
+    if (first && params.sink.stats != nullptr) put_stats(params.sink.stats, plan.slabs, team.slab, row, A(0));
+    return row;
+  }
   A* shared = reinterpret_cast<A*>(dynamic_smem()) + team.index * 3;
   if (team.warp == 0 && team.active) {
     const auto merged =
@@ -72,7 +80,7 @@ __device__ __forceinline__ CentredRow<A> team_stats(const PlanesForwardParams<A>
       shared[0] = stats.row.hi;
       shared[1] = stats.row.lo;
       shared[2] = stats.row.rstd;
-      if (team.segment == 0) stats.save(static_cast<A*>(args.stats), static_cast<A*>(args.moments), plan.slabs, team.slab);
+      if (team.segment == 0) stats.save(params.sink, team.slab);
     }
   }
   block_barrier();
@@ -108,7 +116,7 @@ __global__ void __launch_bounds__(kTeamWarps * 32, 1)
   const Team team(plan);
 
   dependency_wait();
-  const auto row = team_stats(params, team);
+  const auto row = team_stats<T>(params, team);
   if (!team.active) return;
   const std::int64_t channel = team.slab * plan.slab_step % plan.channels;
   const std::int64_t pieces = ceil_div(plan.count(team.segment), kApplyPiece);

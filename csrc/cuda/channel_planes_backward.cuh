@@ -18,9 +18,8 @@ struct PlanesBackwardParams {
   ChannelBackwardArgs args;
   PlanesPlan plan;
   std::int64_t stats_slabs, slabs_each;  // slabs of the statistics; of the plan to one of those
-  A* partials;                           // [2][images * segments][channels]
-  std::int64_t entries;                  // images * segments
-  const A* means;                        // [2][slabs]
+  A* partials;                           // that of `finish`
+  GradSumsParams<A> finish;              // what becomes of the sums; means are null where apply finds them
   bool input_aligned;                    // input, residual and grad_output
   bool output_aligned;                   // grad_input and grad_residual
   bool wide;                             // weight and bias are float32 while T is a 16-bit type
@@ -105,9 +104,35 @@ __global__ void __launch_bounds__(kTeamWarps * 32, 1)
   if (team.warp != 0 || !team.active) return;
   for (int which = 0; which < 2; ++which) {
     const A sum = warp_pairwise<kSplitLevels, A>(pieces, [&](std::int64_t p) { return table[which * room + p]; });
-    const std::int64_t entry = which * params.entries + image * plan.segments + team.segment;
-    if (lane_id() == 0) params.partials[entry * plan.channels + channel] = sum;
+    const std::int64_t place = params.finish.place(which, image * plan.segments + team.segment, channel);
+    if (lane_id() == 0) params.partials[place] = sum;
   }
+}
+
+// Of the team's slab: the means of g and of g * xhat. All threads of the block must call it.
+template <class A>
+struct SlabMeans {
+  A g, gx;
+};
+template <class A>
+__device__ __forceinline__ SlabMeans<A> team_means(const PlanesBackwardParams<A>& params, const Team& team) {
+  const GradSumsParams<A>& finish = params.finish;
+  const std::int64_t slabs = params.plan.slabs;
+  if (params.args.grad_input == nullptr || params.args.fixed_stats) return {A(0), A(0)};
+  if (finish.means != nullptr) {
+    if (!team.active) return {A(0), A(0)};
+    return {finish.means[team.slab], finish.means[slabs + team.slab]};
+  }
+  A* shared = reinterpret_cast<A*>(dynamic_smem()) + team.index * 2;
+  if (team.warp == 0 && team.active) {
+    for (int which = 0; which < 2; ++which) {
+      const A mean = finish.shape.batch_norm() ? channel_mean(finish, which, team.slab, team.segment == 0)
+                                               : group_mean(finish, which, team.slab);
+      if (lane_id() == 0) shared[which] = mean;
+    }
+  }
+  block_barrier();
+  return {shared[0], shared[1]};
 }
 
 template <class T, int V, bool kFused>
@@ -117,12 +142,11 @@ __global__ void __launch_bounds__(kTeamWarps * 32, 1)
   const ChannelBackwardArgs& args = params.args;
   const PlanesPlan& plan = params.plan;
   const Team team(plan);
-  if (!team.active) return;
 
   dependency_wait();
+  const SlabMeans<A> mean = team_means(params, team);
+  if (!team.active) return;
   const CentredRow<A> row = load_stats<A>(args.stats, plan.slabs, team.slab);
-  const A mean_g = params.means != nullptr ? params.means[team.slab] : A(0);
-  const A mean_gx = params.means != nullptr ? params.means[plan.slabs + team.slab] : A(0);
   const std::int64_t first_channel = team.slab * plan.slab_step % plan.channels;
   const std::int64_t pieces = ceil_div(plan.count(team.segment), kApplyPiece);
   for (std::int64_t p = team.warp; p < pieces; p += plan.warps) {
@@ -140,8 +164,8 @@ __global__ void __launch_bounds__(kTeamWarps * 32, 1)
           args, tiles.x.slot[s], tiles.dy.slot[s], tiles.residual.slot[s], [&](int) { return row; }, [&](int) { return weight; },
           [&](int) { return bias; }, xhat, dz);
       input_gradients(
-          args.fixed_stats, xhat, dz, [&](int) { return row; }, [&](int) { return weight; }, [&](int) { return mean_g; },
-          [&](int) { return mean_gx; }, dx);
+          args.fixed_stats, xhat, dz, [&](int) { return row; }, [&](int) { return weight; }, [&](int) { return mean.g; },
+          [&](int) { return mean.gx; }, dx);
       tiles.dy.slot[s].assign(dz);
       tiles.x.slot[s].assign(dx);
     }
@@ -159,7 +183,6 @@ void planes_backward_typed(const ChannelBackwardArgs& args, void* workspace, voi
   params.plan = planes_plan(args.shape, sizeof(T), true);
   params.stats_slabs = args.shape.slabs();
   params.slabs_each = args.shape.group_channels();
-  params.entries = (args.shape.batch_norm() ? 1 : args.shape.batch) * params.plan.segments;
   params.input_aligned = all_aligned(params.plan.vector, args.dtype, args.input, args.grad_output, args.residual);
   params.output_aligned = all_aligned(params.plan.vector, args.dtype, args.grad_input, args.grad_residual);
   params.wide = args.param_dtype != args.dtype;
@@ -167,17 +190,19 @@ void planes_backward_typed(const ChannelBackwardArgs& args, void* workspace, voi
     visit_bool(args.activation != Activation::kNone, [&](auto fused) {
       constexpr int V = decltype(vector)::value;
       constexpr bool kFused = decltype(fused)::value;
-      const auto sums = [&](A* partials) {
+      const auto sums = [&](const GradSumsParams<A>& finish) {
         const PlanesPlan& plan = params.plan;
-        params.partials = partials;
+        params.finish = finish;
+        params.partials = static_cast<A*>(workspace);
         const std::size_t table = plan.teams * 2 * plan.pieces(kApplyPiece) * sizeof(A);
         launch_channel(planes_sums_kernel<T, V, kFused>, plan.blocks(), plan.warps * plan.teams * 32, table, stream, params);
       };
-      const auto apply = [&](const A* means) {
+      const auto apply = [&](const GradSumsParams<A>& finish) {
         params.plan = planes_plan(args.shape, sizeof(T));
-        params.means = means;
+        params.finish = finish;
         const PlanesPlan& plan = params.plan;
-        launch_channel(planes_grad_kernel<T, V, kFused>, plan.blocks(), plan.warps * plan.teams * 32, 0, stream, params);
+        launch_channel(planes_grad_kernel<T, V, kFused>, plan.blocks(), plan.warps * plan.teams * 32, plan.teams * 2 * sizeof(A),
+                       stream, params);
       };
       backward_steps<A>(args, workspace, stream, sums, apply);
     });

@@ -8,14 +8,14 @@ namespace normext::cuda {
 
 // Not resident: statistics that are given, or wanted alone.
 inline ResidentPlan planes_resident(const ChannelForwardArgs& args, const PlanesPlan& plan, int device) {
-  if (args.given_stats || args.output == nullptr) return {};
+  if (!args.takes_statistics() || args.output == nullptr) return {};
   return resident_plan(plan, static_cast<int>(size_of(args.dtype)), static_cast<int>(accumulate_size_of(args.dtype)),
                        describe(device));
 }
 
 inline std::size_t planes_workspace(const ChannelForwardArgs& args, int device) {
   const PlanesPlan plan = planes_plan(args.shape, static_cast<int>(size_of(args.dtype)));
-  if (args.given_stats || planes_resident(args, plan, device).blocks > 0) return 0;
+  if (!args.takes_statistics() || planes_resident(args, plan, device).blocks > 0) return 0;
   return static_cast<std::size_t>(plan.slabs * 3 * plan.segments) * accumulate_size_of(args.dtype);
 }
 
@@ -38,7 +38,7 @@ void launch_planes(const PlanesForwardParams<Accumulate<T>>& params, void* strea
   const PlanesPlan& plan = params.plan;
   const int threads = plan.warps * plan.teams * 32;
   const bool resident = params.resident.blocks > 0;
-  if (!resident && !args.given_stats) {
+  if (!resident && args.takes_statistics()) {
     const std::size_t table = plan.teams * 3 * plan.pieces(kPiece) * sizeof(A);
     launch_channel(planes_moments_kernel<T, V>, plan.blocks(), threads, table, stream, params);
   }
@@ -58,17 +58,16 @@ void planes_forward_typed(const ChannelForwardArgs& args, void* workspace, int d
   params.plan = planes_plan(args.shape, sizeof(T));
   params.resident = planes_resident(args, params.plan, device);
   params.eps = static_cast<A>(args.eps);
+  params.sink = SlabSink<A>(args);
   params.partials = static_cast<A*>(workspace);
   params.input_aligned = all_aligned(params.plan.vector, args.dtype, args.input, args.residual);
   params.output_aligned = all_aligned(params.plan.vector, args.dtype, args.output);
   params.wide = args.param_dtype != args.dtype;
   visit_vector<T>(params.plan.vector, [&](auto vector) { launch_planes<T, decltype(vector)::value>(params, stream); });
-  if (args.output != nullptr || args.given_stats) return;
+  if (args.output != nullptr || !args.takes_statistics()) return;
   FinaliseParams<A> finalise{};
   finalise.partials = params.partials;
-  finalise.stats = static_cast<A*>(args.stats);
-  finalise.moments = static_cast<A*>(args.moments);
-  finalise.slabs = params.plan.slabs;
+  finalise.sink = params.sink;
   finalise.slab_size = finalise.rows = params.plan.slab_size;
   finalise.runs = params.plan.segments;
   finalise.run_rows = params.plan.segment;

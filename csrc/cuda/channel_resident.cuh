@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kTeamWarps * 32, 1)
   const auto merged = merge_table(slab_table, plan.segments, [&](std::int64_t s) { return plan.count(s); });
   const SlabStats<A> stats(merged.moments, static_cast<A>(plan.slab_size), params.eps);
   if (first == 0 && threadIdx.x % (resident.warps * kWarpSize) == 0) {
-    stats.save(static_cast<A*>(params.args.stats), static_cast<A*>(params.args.moments), plan.slabs, slab);
+    stats.save(params.sink, slab);
   }
   for (int p = warp; p < segments * room; p += resident.warps) {
     NORMEXT_NO_UNROLL

@@ -1,8 +1,6 @@
-// Statistics that do not come from the input at hand: of all ranks (SyncBatchNorm), from running statistics (evaluation), and the
-// update of running statistics. One thread per channel; nothing is read by the host, so that a captured graph replays right.
+// Statistics of all ranks (SyncBatchNorm), and running statistics by themselves: of instance norm, of SyncBatchNorm, and where the
+// forward and they are separate ops. One thread per channel; nothing is read by the host, so that a captured graph replays right.
 #pragma once
-
-#include <type_traits>
 
 #include "cuda/channel_launch.cuh"
 #include "cuda/channel_merge.cuh"
@@ -52,46 +50,27 @@ __global__ void __launch_bounds__(kRunningThreads, 1) merge_moments_kernel(const
     stats.row = {};
     stats.unbiased = kNoValues;
   }
-  stats.save(static_cast<A*>(args.stats), nullptr, channels, channel);
+  put_stats(static_cast<A*>(args.stats), channels, channel, stats.row, stats.unbiased);
   if (channel == 0) *args.count = static_cast<Count>(values);
 }
 
-template <class A, class R>
-__global__ void __launch_bounds__(kRunningThreads, 1) fixed_stats_kernel(const __grid_constant__ FixedStatsArgs args, A eps) {
-  const std::int64_t channel = thread_channel();
-  if (channel >= args.channels) return;
-  dependency_wait();
-  const A mean = static_cast<A>(to_accumulate(static_cast<const R*>(args.running_mean)[channel]));
-  const A variance = static_cast<A>(to_accumulate(static_cast<const R*>(args.running_var)[channel]));
-  const CentredRow<A> row = ChannelNorm::from_running<A>(mean, variance, eps);
-  A* stats = static_cast<A*>(args.stats);
-  stats[channel] = row.hi;
-  stats[args.channels + channel] = row.lo;
-  stats[2 * args.channels + channel] = row.rstd;
-  stats[3 * args.channels + channel] = A(0);
-}
-
-template <class A, class R>
+template <class A>
 __global__ void __launch_bounds__(kRunningThreads, 1) update_running_kernel(const __grid_constant__ RunningArgs args, A momentum) {
-  using W = std::conditional_t<sizeof(R) == 8, double, A>;
   const std::int64_t channel = thread_channel();
   if (channel >= args.channels) return;
   dependency_wait();
   const A* stats = static_cast<const A*>(args.stats);
   const std::int64_t slabs = args.images * args.channels;
   if (stats[3 * slabs + channel] == A(kNoValues)) return;
-  const W rate = static_cast<W>(args.batches != nullptr ? A(1) / static_cast<A>(*args.batches) : momentum);
-  const auto update = [&](void* running, auto found) {
-    if (running == nullptr) return;
+  const auto mean_of_images = [&](auto found) {
     PairwiseSum<A, kImageLevels> pairs;
     const std::int64_t padded = power_of_two_at_least(args.images);
     for (std::int64_t i = 0; i < padded; ++i) pairs.push(i < args.images ? found(i * args.channels + channel) : A(0));
-    R* p = static_cast<R*>(running) + channel;
-    const W old = static_cast<W>(to_accumulate(*p));
-    *p = from_accumulate<R>(ChannelNorm::running<W>(old, static_cast<W>(pairs.sum() / static_cast<A>(args.images)), rate));
+    return pairs.sum() / static_cast<A>(args.images);
   };
-  update(args.running_mean, [&](std::int64_t s) { return stats[s] + stats[slabs + s]; });
-  update(args.running_var, [&](std::int64_t s) { return stats[3 * slabs + s]; });
+  const A mean = mean_of_images([&](std::int64_t s) { return stats[s] + stats[slabs + s]; });
+  const A unbiased = mean_of_images([&](std::int64_t s) { return stats[3 * slabs + s]; });
+  update_running_stats(args.update, momentum, channel, mean, unbiased);
 }
 
 }  // namespace normext::cuda

@@ -26,22 +26,11 @@ void merge_moments(const ChannelMergeArgs& args, int, void* stream) {
                    static_cast<A>(args.eps));
   });
 }
-void fixed_stats(const FixedStatsArgs& args, int, void* stream) {
-  visit_stats(args.dtype, [&](auto tag) {
-    using A = typename decltype(tag)::type;
-    visit(args.running_dtype, [&](auto running) {
-      launch_channel(fixed_stats_kernel<A, typename decltype(running)::type>, ceil_div(args.channels, kRunningThreads),
-                     kRunningThreads, 0, stream, args, static_cast<A>(args.eps));
-    });
-  });
-}
 void update_running(const RunningArgs& args, int, void* stream) {
   visit_stats(args.dtype, [&](auto tag) {
     using A = typename decltype(tag)::type;
-    visit(args.running_dtype, [&](auto running) {
-      launch_channel(update_running_kernel<A, typename decltype(running)::type>, ceil_div(args.channels, kRunningThreads),
-                     kRunningThreads, 0, stream, args, static_cast<A>(args.momentum));
-    });
+    launch_channel(update_running_kernel<A>, ceil_div(args.channels, kRunningThreads), kRunningThreads, 0, stream, args,
+                   static_cast<A>(args.update.momentum));
   });
 }
 

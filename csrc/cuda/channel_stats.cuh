@@ -3,6 +3,7 @@
 //   finalise     merges the moments of each slab; a block of up to 8 warps per slab
 //   grad_sums    adds the partial sums of dz and dz*xhat of each channel: parameter gradients, and batch norm's slab means
 //   slab_means   group norm's slab means of g and g*xhat, from the same partial sums; a warp per slab
+// (On planes the kernel that needs the means finds them: channel_backward.cuh.)
 // Orders of addition depend on the number of entries only. All are bound by latency: they read what L2 holds.
 #pragma once
 
@@ -45,46 +46,14 @@ __global__ void __launch_bounds__(kFinaliseWarps * 32, 1)
   }
   launch_dependents();
   if (threadIdx.x != 0) return;
-  SlabStats<A>(merged.moments, static_cast<A>(params.slab_size), params.eps).save(params.stats, params.moments, params.slabs, slab);
+  SlabStats<A>(merged.moments, static_cast<A>(params.slab_size), params.eps).save(params.sink, slab);
 }
 
 template <class A>
 void launch_finalise_typed(const FinaliseParams<A>& params, void* stream) {
   const std::int64_t entries = params.runs * params.group_channels;
   const int warps = static_cast<int>(std::clamp<std::int64_t>(ceil_div(entries, 128), 1, kFinaliseWarps));
-  launch_channel(channel_finalise_kernel<A>, params.slabs, warps * 32, 4 * warps * sizeof(A), stream, params);
-}
-
-// Element i of an array of a type known at run time: double if A is, one of the others if not.
-template <class A>
-__device__ __forceinline__ A load_any(DType dtype, const void* p, std::int64_t i) {
-  if constexpr (sizeof(A) == 8) {
-    return static_cast<const double*>(p)[i];
-  } else if (dtype == DType::kFloat16) {
-    return to_accumulate(static_cast<const Half*>(p)[i]);
-  } else if (dtype == DType::kBFloat16) {
-    return to_accumulate(static_cast<const BFloat16*>(p)[i]);
-  } else {
-    return static_cast<const float*>(p)[i];
-  }
-}
-template <class A>
-__device__ __forceinline__ void store_any(DType dtype, void* p, std::int64_t i, A value) {
-  if constexpr (sizeof(A) == 8) {
-    static_cast<double*>(p)[i] = value;
-  } else if (dtype == DType::kFloat16) {
-    static_cast<Half*>(p)[i] = from_accumulate<Half>(value);
-  } else if (dtype == DType::kBFloat16) {
-    static_cast<BFloat16*>(p)[i] = from_accumulate<BFloat16>(value);
-  } else {
-    static_cast<float*>(p)[i] = value;
-  }
-}
-
-// Partial sums of a channel.
-template <class A>
-NORMEXT_HOST_DEVICE std::int64_t grad_entries(const GradSumsParams<A>& params) {
-  return params.shape.batch_norm() ? params.runs : params.shape.batch * params.runs;
+  launch_channel(channel_finalise_kernel<A>, params.sink.slabs, warps * 32, 4 * warps * sizeof(A), stream, params);
 }
 
 // A block takes 32 channels of one of the two sums, its slices of threads contiguous entries (column_sum()).
@@ -92,17 +61,15 @@ NORMEXT_HOST_DEVICE std::int64_t grad_entries(const GradSumsParams<A>& params) {
 template <class A, class Count>
 __global__ void __launch_bounds__(kGradColumns* kGradSlices, 1) grad_sums_kernel(const __grid_constant__ GradSumsParams<A> params) {
   const std::int64_t channels = params.shape.channels;
-  const std::int64_t entries = grad_entries(params);
   const std::int64_t blocks = ceil_div(channels, kGradColumns);
   const int which = blockIdx.x < blocks ? 0 : 1;
-  const A* partials = params.partials + which * entries * channels;
   const std::int64_t channel = (blockIdx.x - which * blocks) * kGradColumns + threadIdx.x % kGradColumns;
   const bool exists = channel < channels;
 
   dependency_wait();
   // Up to 2^31 entries: as many as a grid can write.
-  const A sum =
-      column_sum<kImageLevels + 1, A>(entries, [&](std::int64_t e) { return exists ? partials[e * channels + channel] : A(0); });
+  const A sum = column_sum<kImageLevels + 1, A>(
+      params.entries(), [&](std::int64_t e) { return exists ? params.partials[params.place(which, e, channel)] : A(0); });
   if (threadIdx.x >= kGradColumns || !exists) return launch_dependents();
   if (params.grad[which] != nullptr) store_any(params.param_dtype, params.grad[which], channel, sum);
   if (params.sums != nullptr) params.sums[which * channels + channel] = sum;
@@ -115,28 +82,16 @@ __global__ void __launch_bounds__(kGradColumns* kGradSlices, 1) grad_sums_kernel
 }
 
 constexpr int kMeansWarps = 4;
-constexpr int kMeansLevels = 6;  // up to 2^35 partial sums in a group
 
 template <class A>
 __global__ void __launch_bounds__(kMeansWarps * 32, 1) slab_means_kernel(const __grid_constant__ GradSumsParams<A> params) {
-  const ChannelShape& shape = params.shape;
   const std::int64_t slab = static_cast<std::int64_t>(blockIdx.x) * kMeansWarps + warp_id();
-  const std::int64_t slabs = shape.batch * shape.groups;
-  const std::int64_t each = shape.channels / shape.groups;
-  const std::int64_t image = slab / shape.groups;
-  const std::int64_t first_channel = (slab - image * shape.groups) * each;
-  const std::int64_t terms = slab < slabs ? params.runs * each : 0;
+  const std::int64_t slabs = params.shape.slabs();
 
   dependency_wait();
   for (int which = 0; which < 2; ++which) {
-    const A* partials = params.partials + (which * shape.batch + image) * params.runs * shape.channels;
-    const A sum = warp_pairwise<kMeansLevels, A>(terms, [&](std::int64_t e) {
-      const std::int64_t run = e / each;
-      const std::int64_t channel = first_channel + e - run * each;
-      const A weight = params.weight != nullptr ? load_any<A>(params.param_dtype, params.weight, channel) : A(1);
-      return weight * partials[run * shape.channels + channel];
-    });
-    if (slab < slabs && lane_id() == 0) params.means[which * slabs + slab] = sum / static_cast<A>(each * shape.spatial);
+    const A mean = group_mean(params, which, slab < slabs ? slab : -1);
+    if (slab < slabs && lane_id() == 0) params.means[which * slabs + slab] = mean;
   }
   launch_dependents();
 }
@@ -145,7 +100,7 @@ template <class A>
 void launch_grad_sums_typed(const GradSumsParams<A>& params, void* stream) {
   const bool batch_norm = params.shape.batch_norm();
   if (params.grad[0] != nullptr || params.grad[1] != nullptr || params.sums != nullptr || (batch_norm && params.means != nullptr)) {
-    const int threads = column_threads(grad_entries(params));
+    const int threads = column_threads(params.entries());
     launch_channel(grad_sums_kernel<A, double>, 2 * ceil_div(params.shape.channels, kGradColumns), threads, threads * sizeof(A),
                    stream, params);
   }

@@ -23,6 +23,8 @@ template <class A>
 struct LastForwardParams {
   ChannelForwardArgs args;
   LastPlan plan;
+  A eps;
+  SlabSink<A> sink;
   A* partials;         // [slabs][3][runs * group_channels]
   bool input_aligned;  // input and residual
   bool output_aligned;
@@ -154,6 +156,25 @@ __global__ void __launch_bounds__(kLastThreads, 1)
   }
 }
 
+// The statistics of the slabs of a thread's channels: found before, or running.
+template <class T, int V, class A = Accumulate<T>>
+__device__ __forceinline__ void lane_stats(const LastForwardParams<A>& params, const RowLane<V>& lane, CentredRow<A> (&stats)[V]) {
+  const ChannelForwardArgs& args = params.args;
+  const SlabSink<A>& sink = params.sink;
+  if (args.running_mean == nullptr) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      stats[i] = load_stats<A>(args.stats, sink.slabs, params.plan.slab(lane.image, lane.channel + i));
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < V; ++i) stats[i] = running_stats<T>(args, params.wide, lane.channel + i, params.eps);
+  if (sink.stats == nullptr || lane.run != 0 || lane.row_lane != 0) return;
+#pragma unroll
+  for (int i = 0; i < V; ++i) put_stats(sink.stats, sink.slabs, lane.channel + i, stats[i], A(0));
+}
+
 template <class T, int V, bool kFused>
 __global__ void __launch_bounds__(kLastThreads, 1)
     last_apply_kernel(const __grid_constant__ LastForwardParams<Accumulate<T>> params) {
@@ -167,9 +188,9 @@ __global__ void __launch_bounds__(kLastThreads, 1)
   dependency_wait();
   CentredRow<A> stats[V];
   A weight[V], bias[V];
+  lane_stats<T>(params, lane, stats);
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    stats[i] = load_stats<A>(static_cast<const A*>(args.stats), plan.images * plan.groups, plan.slab(lane.image, lane.channel + i));
     weight[i] = load_parameter<T>(args.weight, params.wide, lane.channel + i, 1.0f);
     bias[i] = load_parameter<T>(args.bias, params.wide, lane.channel + i, 0.0f);
   }
@@ -203,26 +224,26 @@ void last_forward_typed(const ChannelForwardArgs& args, void* workspace, void* s
   params.args = args;
   params.plan = last_plan(args.shape, sizeof(T));
   const LastPlan plan = params.plan;
+  params.eps = static_cast<A>(args.eps);
+  params.sink = SlabSink<A>(args);
   params.partials = static_cast<A*>(workspace);
   params.input_aligned = all_aligned(plan.vector, args.dtype, args.input, args.residual);
   params.output_aligned = all_aligned(plan.vector, args.dtype, args.output);
   params.wide = args.param_dtype != args.dtype;
   visit_vector<T>(plan.vector, [&](auto vector) {
     constexpr int V = decltype(vector)::value;
-    if (!args.given_stats) {
+    if (args.takes_statistics()) {
       const std::size_t table = plan.row_lanes > 1 ? 4 * V * plan.threads() * sizeof(A) : 0;
       launch_channel(last_moments_kernel<T, V>, plan.blocks(), plan.threads(), table, stream, params);
       FinaliseParams<A> finalise{};
       finalise.partials = params.partials;
-      finalise.stats = static_cast<A*>(args.stats);
-      finalise.moments = static_cast<A*>(args.moments);
-      finalise.slabs = plan.slabs();
+      finalise.sink = params.sink;
       finalise.slab_size = args.shape.slab_size();
       finalise.runs = plan.runs;
       finalise.run_rows = plan.run_rows;
       finalise.rows = plan.rows;
       finalise.group_channels = plan.group_channels;
-      finalise.eps = static_cast<A>(args.eps);
+      finalise.eps = params.eps;
       launch_finalise(finalise, stream);
     }
     if (args.output == nullptr) return;

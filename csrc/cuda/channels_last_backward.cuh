@@ -178,13 +178,13 @@ void last_backward_typed(const ChannelBackwardArgs& args, void* workspace, void*
     visit_bool(args.activation != Activation::kNone, [&](auto fused) {
       constexpr int V = decltype(vector)::value;
       constexpr bool kFused = decltype(fused)::value;
-      const auto sums = [&](A* partials) {
-        params.partials = partials;
+      const auto sums = [&](const GradSumsParams<A>&) {
+        params.partials = static_cast<A*>(workspace);
         const std::size_t table = plan.row_lanes > 1 ? 2 * V * plan.threads() * sizeof(A) : 0;
         launch_channel(last_sums_kernel<T, V, kFused>, plan.blocks(), plan.threads(), table, stream, params);
       };
-      const auto apply = [&](const A* means) {
-        params.means = means;
+      const auto apply = [&](const GradSumsParams<A>& finish) {
+        params.means = finish.means;
         params.plan = apply_plan(plan);
         launch_channel(last_grad_kernel<T, V, kFused>, params.plan.blocks(), plan.threads(), 0, stream, params);
       };

@@ -56,14 +56,13 @@ std::tuple<Tensor, Tensor> batch_norm_train_(const Tensor& input, const Optional
                                              const OptionalTensor& bias, const OptionalTensor& running_mean,
                                              const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                                              double momentum, double eps, std::int64_t activation) {
-  constexpr const char* op = "batch_norm_train_";
-  ChannelForward forward = forward_request(op, input, residual, weight, bias, running_mean, running_var, eps, activation);
+  ChannelForward forward =
+      forward_request("batch_norm_train_", input, residual, weight, bias, running_mean, running_var, eps, activation);
   forward.training = true;
+  forward.num_batches_tracked = num_batches_tracked.or_null();
+  forward.momentum = momentum;
   forward.save_stats = true;
   ChannelForwardResult result = channel_forward(forward);
-  if (forward.running_mean != nullptr && !input.is_empty()) {
-    update_running(op, result.stats, *forward.running_mean, *forward.running_var, num_batches_tracked.or_null(), momentum);
-  }
   return {std::move(result.output), std::move(result.stats)};
 }
 

@@ -42,16 +42,6 @@ void launch(const ChannelBackwardArgs& args, Device device) {
 #endif
 }
 
-void launch(const FixedStatsArgs& args, Device device) {
-  if (runs_cpu_kernels(device)) return cpu::fixed_stats(args);
-#if NORMEXT_WITH_CUDA || NORMEXT_EMULATED
-  const DeviceGuard guard(device);
-  cuda::fixed_stats(args, cuda_index(device), current_stream(device));
-#else
-  refuse_cuda();
-#endif
-}
-
 void launch(const ChannelMergeArgs& args, Device device) {
   if (runs_cpu_kernels(device)) return cpu::merge_moments(args);
 #if NORMEXT_WITH_CUDA || NORMEXT_EMULATED
@@ -79,12 +69,16 @@ Tensor allocate_stats(const ChannelGeometry& geometry, const Tensor& input, int 
 }
 
 // Everything the kernels do with one input. `stats` and `moments` are what is computed, where not null.
-void run_forward(const ChannelForward& request, const ChannelGeometry& geometry, void* output, void* stats, void* moments) {
+void run_forward(const ChannelForward& request, const ChannelGeometry& geometry, void* output, void* stats, void* moments,
+                 const RunningUpdate& update = {}) {
   const Device device = request.input.device();
   const Dense input = dense(geometry, &request.input);
   const Dense residual = dense(geometry, request.residual);
   const Elements weight = elements_of(request.weight, geometry.param_dtype);
   const Elements bias = elements_of(request.bias, geometry.param_dtype);
+  const bool fixed = has_fixed_stats(request);
+  const Elements running_mean = elements_of(fixed ? request.running_mean : nullptr, geometry.param_dtype);
+  const Elements running_var = elements_of(fixed ? request.running_var : nullptr, geometry.param_dtype);
   ChannelForwardArgs args;
   args.shape = geometry.shape;
   args.dtype = geometry.dtype;
@@ -96,25 +90,23 @@ void run_forward(const ChannelForward& request, const ChannelGeometry& geometry,
   args.bias = bias.data;
   args.stats = stats;
   args.moments = moments;
-  args.given_stats = has_fixed_stats(request) || request.given_stats != nullptr;
+  args.given_stats = request.given_stats != nullptr;
+  args.running_mean = running_mean.data;
+  args.running_var = running_var.data;
+  args.update = update;
   args.planes_output = request.contiguous_output && geometry.channels_last;
   args.eps = request.eps;
   args.activation = geometry.activation;
   launch(args, device);
 }
 
-void run_fixed_stats(const ChannelForward& request, const ChannelGeometry& geometry, void* stats) {
-  const Elements mean = elements_of(request.running_mean, geometry.param_dtype);
-  const Elements variance = elements_of(request.running_var, geometry.param_dtype);
-  FixedStatsArgs args;
-  args.dtype = geometry.stats_dtype;
-  args.running_dtype = geometry.param_dtype;
-  args.channels = geometry.shape.channels;
-  args.running_mean = mean.data;
-  args.running_var = variance.data;
-  args.stats = stats;
-  args.eps = request.eps;
-  launch(args, request.input.device());
+// Whether running statistics share memory with what the forward reads, so that they must be updated after it.
+bool updates_what_is_read(const RunningTarget& running, const ChannelForward& request) {
+  if (running.mean == nullptr) return false;
+  for (const Tensor* read : {&request.input, request.residual, request.weight, request.bias}) {
+    if (read != nullptr && (may_overlap(*running.mean, *read) || may_overlap(*running.var, *read))) return true;
+  }
+  return false;
 }
 
 }  // namespace
@@ -133,18 +125,26 @@ ChannelForwardResult channel_forward(const ChannelForward& request) {
     result.output = allocate_in_format(geometry, input);
   }
   if (request.save_stats) result.stats = allocate_stats(geometry, input, kChannelStats);
-  if (geometry.shape.slabs() == 0 || (input.is_empty() && !has_fixed_stats(request))) {
+  RunningTarget running;
+  if (request.training && request.running_mean != nullptr) {
+    running = running_target(request.op, input, geometry.stats_dtype == DType::kFloat64, *request.running_mean,
+                             *request.running_var, request.num_batches_tracked, request.momentum);
+  }
+  if (input.is_empty()) {
     if (result.stats) fill_zero(result.stats);
     return result;
   }
-  const bool own = !request.save_stats && request.given_stats == nullptr;
+  const bool needed = !has_fixed_stats(request) || runs_cpu_kernels(input.device());
+  const bool own = needed && !request.save_stats && request.given_stats == nullptr;
   Workspace unsaved(own ? static_cast<std::size_t>(kChannelStats * geometry.shape.slabs()) * size_of(geometry.stats_dtype) : 0,
                     input.device());
   void* stats = request.given_stats != nullptr ? const_cast<void*>(request.given_stats->data())
                 : result.stats                 ? result.stats.mutable_data()
                                                : unsaved.address();
-  if (has_fixed_stats(request)) run_fixed_stats(request, geometry, stats);
-  if (!input.is_empty()) run_forward(request, geometry, result.output.mutable_data(), stats, nullptr);
+  const bool apart = updates_what_is_read(running, request);
+  run_forward(request, geometry, result.output.mutable_data(), stats, nullptr, apart ? RunningUpdate{} : running.update);
+  if (apart) launch(RunningArgs{geometry.stats_dtype, 1, geometry.shape.channels, stats, running.update}, input.device());
+  running.write_back();
   return result;
 }
 
@@ -263,22 +263,19 @@ MergeResult merge_moments(const char* op, const Tensor& gathered, double eps) {
   return result;
 }
 
-void update_running(const char* op, const Tensor& stats, const Tensor& running_mean, const Tensor& running_var,
-                    const Tensor* num_batches_tracked, double momentum) {
-  RunningArgs args;
-  if (!stats || (!stats.device().is_cpu() && !stats.device().is_cuda())) {
-    refuse_argument(op, "a CPU or CUDA tensor", stats ? stats.device_text() : "an undefined tensor");
-  }
-  const bool wide = stats.has_dtype(DType::kFloat64);
-  if ((!wide && !stats.has_dtype(DType::kFloat32)) || stats.ndim() != 2 || stats.sizes()[0] != kChannelStats ||
-      !stats.is_contiguous()) {
-    refuse_argument(op, "contiguous stats of shape [4, images * channels], float32 or float64", stats.shape_text());
-  }
-  args.dtype = wide ? DType::kFloat64 : DType::kFloat32;
-  check_device(op, "running_mean", running_mean, stats);
-  check_device(op, "running_var", running_var, stats);
-  if (!from_torch_dtype(running_mean.dtype_number(), &args.running_dtype) || !running_var.has_dtype(args.running_dtype) ||
-      (args.running_dtype == DType::kFloat64) != wide) {
+void RunningTarget::write_back() const {
+  if (mean_copy) copy(mean_copy, *mean);
+  if (var_copy) copy(var_copy, *var);
+}
+
+RunningTarget running_target(const char* op, const Tensor& like, bool wide, const Tensor& running_mean, const Tensor& running_var,
+                             const Tensor* num_batches_tracked, double momentum) {
+  RunningTarget target;
+  RunningUpdate& update = target.update;
+  check_device(op, "running_mean", running_mean, like);
+  check_device(op, "running_var", running_var, like);
+  if (!from_torch_dtype(running_mean.dtype_number(), &update.dtype) || !running_var.has_dtype(update.dtype) ||
+      (update.dtype == DType::kFloat64) != wide) {
     refuse_argument(op, "running statistics of one dtype: float32, float16 or bfloat16, float64 with float64 stats",
                     running_mean.dtype_text() + " and " + running_var.dtype_text());
   }
@@ -289,29 +286,47 @@ void update_running(const char* op, const Tensor& stats, const Tensor& running_m
   if (may_overlap_itself(running_mean) || may_overlap_itself(running_var)) {
     refuse_argument(op, "running statistics with an element of their own per channel", "expanded ones");
   }
+  if (num_batches_tracked != nullptr) {
+    const Tensor& batches = *num_batches_tracked;
+    check_device(op, "num_batches_tracked", batches, like);
+    if (batches.dtype_number() != aoti_torch_dtype_int64() || !(batches.ndim() == 0 || batches.has_shape({1}))) {
+      refuse_argument(op, "num_batches_tracked of one int64", batches.dtype_text() + " of shape " + batches.shape_text());
+    }
+    update.batches = static_cast<const std::int64_t*>(batches.data());
+  }
+  update.momentum = momentum;
+  target.mean = &running_mean;
+  target.var = &running_var;
+  if (!running_mean.is_contiguous()) target.mean_copy = contiguous_copy(running_mean, update.dtype);
+  if (!running_var.is_contiguous()) target.var_copy = contiguous_copy(running_var, update.dtype);
+  update.mean = (target.mean_copy ? target.mean_copy : running_mean).mutable_data();
+  update.var = (target.var_copy ? target.var_copy : running_var).mutable_data();
+  return target;
+}
+
+void update_running(const char* op, const Tensor& stats, const Tensor& running_mean, const Tensor& running_var,
+                    const Tensor* num_batches_tracked, double momentum) {
+  if (!stats || (!stats.device().is_cpu() && !stats.device().is_cuda())) {
+    refuse_argument(op, "a CPU or CUDA tensor", stats ? stats.device_text() : "an undefined tensor");
+  }
+  const bool wide = stats.has_dtype(DType::kFloat64);
+  if ((!wide && !stats.has_dtype(DType::kFloat32)) || stats.ndim() != 2 || stats.sizes()[0] != kChannelStats ||
+      !stats.is_contiguous()) {
+    refuse_argument(op, "contiguous stats of shape [4, images * channels], float32 or float64", stats.shape_text());
+  }
+  const RunningTarget running = running_target(op, stats, wide, running_mean, running_var, num_batches_tracked, momentum);
+  RunningArgs args;
+  args.dtype = wide ? DType::kFloat64 : DType::kFloat32;
   args.channels = running_mean.sizes()[0];
   args.images = args.channels == 0 ? 0 : stats.sizes()[1] / args.channels;
   if (args.images * args.channels != stats.sizes()[1]) {
     refuse_argument(op, "stats of a multiple of " + std::to_string(args.channels) + " columns", stats.shape_text());
   }
-  if (num_batches_tracked != nullptr) {
-    const Tensor& batches = *num_batches_tracked;
-    check_device(op, "num_batches_tracked", batches, stats);
-    if (batches.dtype_number() != aoti_torch_dtype_int64() || !(batches.ndim() == 0 || batches.has_shape({1}))) {
-      refuse_argument(op, "num_batches_tracked of one int64", batches.dtype_text() + " of shape " + batches.shape_text());
-    }
-    args.batches = static_cast<const std::int64_t*>(batches.data());
-  }
   if (args.images == 0) return;
   args.stats = stats.data();
-  args.momentum = momentum;
-  const Tensor mean_copy = running_mean.is_contiguous() ? Tensor() : contiguous_copy(running_mean, args.running_dtype);
-  const Tensor var_copy = running_var.is_contiguous() ? Tensor() : contiguous_copy(running_var, args.running_dtype);
-  args.running_mean = (mean_copy ? mean_copy : running_mean).mutable_data();
-  args.running_var = (var_copy ? var_copy : running_var).mutable_data();
+  args.update = running.update;
   launch(args, stats.device());
-  if (mean_copy) copy(mean_copy, running_mean);
-  if (var_copy) copy(var_copy, running_var);
+  running.write_back();
 }
 
 }  // namespace normext::ops

@@ -12,6 +12,19 @@
 
 namespace normext::ops {
 
+// Running statistics that an op updates, checked. What the kernels update may be a copy, which write_back() returns.
+struct RunningTarget {
+  RunningUpdate update;
+  const Tensor* mean = nullptr;
+  const Tensor* var = nullptr;
+  Tensor mean_copy, var_copy;
+
+  void write_back() const;
+};
+// `like`: the input, or the statistics of one.
+RunningTarget running_target(const char* op, const Tensor& like, bool wide, const Tensor& running_mean, const Tensor& running_var,
+                             const Tensor* num_batches_tracked, double momentum);
+
 // output = activation(norm(input) * weight + bias + residual)
 struct ChannelForward {
   const char* op;  // for error texts
@@ -23,7 +36,9 @@ struct ChannelForward {
   const Tensor* bias = nullptr;
   const Tensor* running_mean = nullptr;  // both: statistics of evaluation mode; batch norm only
   const Tensor* running_var = nullptr;
-  bool training = false;                // running statistics are not used, only checked: they will be updated
+  bool training = false;  // these are not used, but updated
+  const Tensor* num_batches_tracked = nullptr;
+  double momentum = 0.0;
   const Tensor* given_stats = nullptr;  // [4, channels]: SyncBatchNorm
   double eps = 0.0;
   std::int64_t activation = 0;  // an Activation
@@ -72,6 +87,7 @@ struct MergeResult {
 };
 MergeResult merge_moments(const char* op, const Tensor& gathered, double eps);
 
+// By statistics that were saved.
 void update_running(const char* op, const Tensor& stats, const Tensor& running_mean, const Tensor& running_var,
                     const Tensor* num_batches_tracked, double momentum);
 

@@ -1,5 +1,7 @@
 // The CUDA kernels of the channel norms in the emulator, against a long double reference: every layout, type and subset of results,
 // the same bits in every order of blocks, warps and lanes.
+#include <cuda_runtime.h>
+
 #include "channel_simt_case.h"
 #include "cuda/channel_plan.h"
 
@@ -273,9 +275,89 @@ void test_sync() {
   }
 }
 
+// Evaluation finds its statistics by itself and leaves them where they are wanted; training updates running statistics with the
+// bits of an update by itself.
+void test_running_in_forward() {
+  for (const ChannelLayout layout : kLayouts) {
+    for (const Pair pair : kPairs) {
+      for (const ChannelShape& shape : {ChannelShape{3, 12, 50, 0, layout}, {2, 264, 24, 0, layout}, {1, 2, 9000, 0, layout}}) {
+        const Problem p{shape, pair.data, pair.params, Activation::kRelu, true};
+        Tensors t(p), given(p);
+        const std::int64_t channels = shape.channels;
+        Tensor mean(pair.params, 1, channels), variance(pair.params, 1, channels);
+        mean.random(7), variance.fill([&](std::int64_t, std::int64_t c) { return 0.5 + double(c % 9); });
+        ChannelForwardArgs f = forward_args(p, t);
+        f.moments = nullptr, f.running_mean = mean.data(), f.running_var = variance.data();
+        forward(f);
+        bool close = t.intact();
+        for (std::int64_t c = 0; c < channels; ++c) {
+          const Real rstd = 1 / std::sqrt(Real(variance.at(0, c)) + Real(p.eps));
+          close &= t.stats.at(0, c) == mean.at(0, c) && t.stats.at(1, c) == 0 && t.stats.at(3, c) == 0;
+          close &= std::fabs(t.stats.at(2, c) - rstd) <= epsilon_of(p.stats()) * rstd;
+        }
+        expect(close, p.name() + ": statistics of evaluation");
+        ChannelForwardArgs g = forward_args(p, given);
+        g.moments = nullptr, g.given_stats = true, g.stats = t.stats.data();
+        forward(g);
+        expect(given.y.same_rows(t.y), p.name() + ": evaluation");
+        Tensors unsaved(p);
+        f.output = unsaved.y.data(), f.stats = nullptr;
+        forward(f);
+        expect(unsaved.y.same_rows(t.y) && unsaved.intact(), p.name() + ": evaluation without saved statistics");
+
+        for (const int blocks : {0, 1}) {
+          cuda::forced_resident_blocks() = blocks;
+          Tensors trained(p);
+          Tensor new_mean = mean, new_variance = variance, old_mean = mean, old_variance = variance;
+          const std::int64_t batches = 3;
+          ChannelForwardArgs train = forward_args(p, trained);
+          train.moments = nullptr;
+          train.update = {pair.params, new_mean.data(), new_variance.data(), blocks == 0 ? nullptr : &batches, 0.3};
+          forward(train);
+          RunningUpdate alone = train.update;
+          alone.mean = old_mean.data(), alone.var = old_variance.data();
+          cuda::update_running({p.stats(), 1, channels, trained.stats.data(), alone}, 0, nullptr);
+          expect(new_mean.same_rows(old_mean) && new_variance.same_rows(old_variance) && !new_mean.same_rows(mean),
+                 p.name() + ": running statistics of a forward");
+        }
+        cuda::forced_resident_blocks().reset();
+      }
+    }
+  }
+}
+
+// Kernels are not launched without need: on small inputs each takes as long as the work.
+void test_launches() {
+  const auto count = [](auto call) {
+    const int before = simt::launches();
+    call();
+    return simt::launches() - before;
+  };
+  for (const std::int64_t groups : {0, 4}) {
+    for (const ChannelLayout layout : kLayouts) {
+      const bool planes = layout == ChannelLayout::kPlanes;
+      const Problem p{{3, 12, 50, groups, layout}};
+      Tensors t(p);
+      ChannelForwardArgs f = forward_args(p, t);
+      Tensor mean(p.params, 1, 12), variance(p.params, 1, 12);
+      if (groups == 0) f.update.mean = mean.data(), f.update.var = variance.data();
+      expect(count([&] { forward(f); }) == (planes ? 1 : 3), p.name() + ": launches of a forward");
+      cuda::forced_resident_blocks() = 0;
+      expect(count([&] { forward(f); }) == (planes ? 2 : 3), p.name() + ": launches of a forward, not resident");
+      cuda::forced_resident_blocks().reset();
+      const int expected = planes ? (groups == 0 ? 2 : 3) : (groups == 0 ? 3 : 4);
+      expect(count([&] { backward(backward_args(p, t)); }) == expected, p.name() + ": launches of a backward");
+      if (groups > 0) continue;
+      f.running_mean = mean.data(), f.running_var = variance.data(), f.moments = nullptr, f.update = {};
+      expect(count([&] { forward(f); }) == 1, p.name() + ": launches of an evaluation");
+    }
+  }
+}
+
 void test_running() {
   for (const DType dtype : {DType::kFloat32, DType::kFloat64}) {
     for (const DType running : {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat64}) {
+      if ((running == DType::kFloat64) != (dtype == DType::kFloat64)) continue;
       const std::int64_t channels = 300, images = 5;
       Tensor stats(dtype, kChannelStats, images * channels), mean(running, 1, channels), variance(running, 1, channels);
       stats.random(1), mean.random(2), variance.random(3);
@@ -283,9 +365,8 @@ void test_running() {
       const Tensor old_mean = mean, old_variance = variance;
       for (const std::int64_t batches : {0, 4}) {
         mean = old_mean, variance = old_variance;
-        RunningArgs a{dtype, running, images, channels, stats.data(), mean.data(), variance.data(), batches ? &batches : nullptr,
-                      0.1};
-        cuda::update_running(a, 0, nullptr);
+        const RunningUpdate update{running, mean.data(), variance.data(), batches ? &batches : nullptr, 0.1};
+        cuda::update_running({dtype, images, channels, stats.data(), update}, 0, nullptr);
         const Real rate = batches ? 0.25L : 0.1L;
         bool close = mean.intact() && variance.intact();
         for (std::int64_t c = 0; c < channels; ++c) {
@@ -300,15 +381,6 @@ void test_running() {
         }
         expect(close, "running statistics " + std::to_string(int(dtype)) + std::to_string(int(running)));
       }
-      Tensor fixed(dtype, kChannelStats, channels);
-      cuda::fixed_stats({dtype, running, channels, mean.data(), variance.data(), fixed.data(), 1e-5}, 0, nullptr);
-      bool close = fixed.intact();
-      for (std::int64_t c = 0; c < channels; ++c) {
-        const Real rstd = 1 / std::sqrt(Real(variance.at(0, c)) + 1e-5L);
-        close &= std::fabs(fixed.at(0, c) - mean.at(0, c)) <= epsilon_of(dtype) * std::fabs(mean.at(0, c)) && fixed.at(1, c) == 0;
-        close &= std::fabs(fixed.at(2, c) - rstd) <= epsilon_of(dtype) * rstd && fixed.at(3, c) == 0;
-      }
-      expect(close, "fixed statistics " + std::to_string(int(dtype)) + std::to_string(int(running)));
     }
   }
 }
@@ -325,6 +397,8 @@ int main() {
   test_resident();
   test_subsets();
   test_sync();
+  test_running_in_forward();
+  test_launches();
   test_running();
   std::printf("%d failures\n", failures);
   return failures > 0;

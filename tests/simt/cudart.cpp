@@ -95,6 +95,11 @@ std::string objection(const cudaLaunchConfig_t& config, unsigned cluster, const 
 
 }  // namespace
 
+int& launches() {
+  thread_local int count = 0;
+  return count;
+}
+
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, Kernel kernel) {
   unsigned cluster = 1;
   for (unsigned i = 0; i < config.numAttrs; ++i) {
@@ -115,6 +120,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, Kerne
     return refuse(cudaErrorInvalidValue,
                   std::string("NORMEXT_SIMT_ORDER: expected forward, reverse or random:<seed>, got ") + order);
   }
+  ++launches();
   Machine::mine().run({config.gridDim.x, config.blockDim.x, config.dynamicSmemBytes, cluster}, schedule, kernel);
   return cudaSuccess;
 }

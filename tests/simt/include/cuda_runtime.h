@@ -118,7 +118,8 @@ const char* cudaGetErrorString(cudaError_t error);
 
 namespace simt {
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, Kernel kernel);
-}
+int& launches();  // that this thread has made
+}  // namespace simt
 
 // Runs the whole grid before it returns. A bad launch is an error code, as on a GPU; a fault of the kernel (divergence, misaligned
 // access, shared memory overrun) is a std::runtime_error.
