@@ -145,17 +145,24 @@ class _Twin:
 
     def run(self, x: Tensor) -> Tensor | None:
         """What forward returns, or None if it raises."""
-        before = dict(self.module.__dict__)
+        before, contents = dict(self.module.__dict__), self._contents()
         try:
             y = type(self.module).forward(self.module, x)
         except Exception:  # whatever a foreign forward raises, it does not compute a norm of this input
             return None
         after = self.module.__dict__
-        if before.keys() != after.keys() or any(before[name] is not value for name, value in after.items()):
+        same = before.keys() == after.keys() and all(before[name] is value for name, value in after.items())
+        if not same or contents != self._contents():
             raise Unrecognised("its forward writes to its attributes")
         if not isinstance(y, Tensor):
             raise Unrecognised("does not return one tensor")
         return y
+
+    def _contents(self) -> list[tuple[int, ...]]:
+        """Which objects its lists, dicts and sets hold."""
+        values = (v for name, v in self.module.__dict__.items() if name not in _MODULE_STATE)
+        containers = (v for v in values if isinstance(v, list | dict | set))
+        return [tuple(map(id, itertools.chain(v, v.values() if isinstance(v, dict) else ()))) for v in containers]
 
 
 def _only_argument(kind: type[nn.Module]) -> str:
@@ -174,12 +181,12 @@ class _Case(NamedTuple):
 
     def __str__(self) -> str:
         dtype, weight = (str(d).removeprefix("torch.") for d in (self.dtype, self.weight_dtype))
-        return f"{dtype} input {f'of scale {self.scale:g}' if self.finite else 'with NaN'} and {weight} parameters"
+        return f"{dtype} input {f'of scale {self.scale:g}' if self.finite else 'with NaN or infinities'} and {weight} parameters"
 
 
 def _cases(width: int) -> list[_Case]:
     full, half, bfloat = torch.float32, torch.float16, torch.bfloat16
-    rows = max(2, 256 // width)  # enough elements that no two formulas round alike by chance
+    rows = max(4, 256 // width)  # enough elements that no two formulas round alike by chance
     dtypes = [(full, full), (bfloat, bfloat), (half, half), (bfloat, full), (full, bfloat)]
     shapes = [(rows,), (2, rows), (1, 2, rows)]
     usual = [_Case(*pair, scale, shape) for pair in dtypes for scale in (1.0, 1e-3, 1e3) for shape in shapes]
@@ -209,7 +216,7 @@ def _filter(twin: _Twin, candidates: list[_Candidate], eps: float) -> list[_Cand
         shape = (*case.leading, twin.width)
         x = (torch.randn(shape, device="cpu", dtype=torch.float32, generator=generator) * case.scale).to(case.dtype)
         if not case.finite:
-            x[..., 0, 0], x[..., 1, -1] = float("inf"), float("nan")
+            x[..., 0, 0], x[..., 1, -1], x[..., 2, 0] = float("inf"), float("nan"), -float("inf")
         given = x.clone()
         y = twin.run(given)
         if not _same(given, x):

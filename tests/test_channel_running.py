@@ -270,14 +270,21 @@ def test_buffers_that_lie_apart(device):
 
 
 @pytest.mark.parametrize("shared", ["running_mean", "running_var"])
-def test_buffers_that_are_the_bias(shared, device):
-    """The output is made of the bias before the update, in every channel."""
-    x, weight = torch.randn(3, 300, 7, device=device), torch.randn(300, device=device)
+@pytest.mark.parametrize("what", ["x", "residual", "weight", "bias"])
+def test_buffers_that_are_an_input(what, shared, device):
+    """The output is made of what was there before the update, in every channel."""
+    read = {name: torch.rand(3, 300, 7, device=device) for name in ("x", "residual")}
+    read |= {name: torch.rand(300, device=device) for name in ("weight", "bias")}
     buffers = {"running_mean": torch.rand(300, device=device), "running_var": torch.rand(300, device=device)}
-    apart = {name: buffer.clone() for name, buffer in buffers.items()}
-    expected = normext.batch_norm(x, **apart, weight=weight, bias=buffers[shared].clone(), training=True)
-    assert normext.batch_norm(x, **buffers, weight=weight, bias=buffers[shared], training=True).equal(expected)
-    assert all(buffer.equal(apart[name]) for name, buffer in buffers.items())
+    buffers[shared] = read[what].flatten()[-300:]
+    copies = [{name: tensor.clone() for name, tensor in tensors.items()} for tensors in (read, buffers)]
+
+    def step(read, buffers):
+        return normext.batch_norm(read["x"], **buffers, **{n: t for n, t in read.items() if n != "x"}, training=True)
+
+    expected = step(*copies)
+    assert step(read, buffers).equal(expected)
+    assert all(buffer.equal(copies[1][name]) for name, buffer in buffers.items())
 
 
 def test_buffers_that_need_gradients_are_refused_as_in_torch(device):

@@ -252,6 +252,11 @@ def counting(self, states):
     return OwnRmsNorm.forward(self, states)
 
 
+def keeping(self, states):
+    self.kept.append(OwnRmsNorm.forward(self, states))
+    return self.kept[-1]
+
+
 WRONG = {
     "off by 1e-4": variant(scaled(1 + 1e-4)),
     "off by one bit": variant(scaled(1 + 2**-23)),
@@ -274,7 +279,9 @@ WRONG = {
     "dropout": variant(noisy),
     "clamps large inputs": variant(lambda self, states: OwnRmsNorm.forward(self, states.clamp(-100, 100))),
     "replaces NaN": variant(lambda self, states: OwnRmsNorm.forward(self, states).nan_to_num()),
+    "replaces -inf": variant(lambda self, states: OwnRmsNorm.forward(self, states.masked_fill(states == -torch.inf, 0.0))),
     "counts its calls": variant(counting, calls=0),
+    "keeps its results": variant(keeping, kept=[]),
     "a tensor attribute": variant(table=torch.ones(96)),
     "an attribute that cannot be copied": variant(generator=(i for i in range(3))),
     "an integer parameter": variant(gain=nn.Parameter(torch.ones(96, dtype=torch.int64), requires_grad=False)),

@@ -53,8 +53,8 @@ constexpr int kChannelMoments = 3;
 // Running statistics, of batch norm or of the images of instance norm: running = (1 - momentum) * running + momentum * statistic.
 struct RunningUpdate {
   DType dtype = DType::kFloat32;          // float64 with float64 statistics, another with float32
-  void* mean = nullptr;                   // [channels] or null
-  void* var = nullptr;                    // [channels] or null
+  void* mean = nullptr;                   // [channels]; null, like var: nothing is updated
+  void* var = nullptr;                    // [channels]
   const std::int64_t* batches = nullptr;  // [1] or null: momentum is then 1 / *batches (cumulative average)
   double momentum = 0.0;
 };

@@ -38,7 +38,6 @@ void update_running_as(const RunningArgs& args) {
   const V images = V{} + static_cast<A>(args.images);
   const std::int64_t slabs = args.images * args.channels;
   const auto update = [&](void* running, std::int64_t c, auto extent, Pair<A> variance, auto term) __attribute__((always_inline)) {
-    if (running == nullptr) return;
     const Pair<A> sum = sum_terms(args.images, term);
     R* place = static_cast<R*>(running) + c;
     const Pair<A> old = load<R>(place, extent);
@@ -58,6 +57,8 @@ void update_running_as(const RunningArgs& args) {
   });
 }
 
+}  // namespace
+
 void fixed_stats(const ChannelForwardArgs& args) {
   visit(args.param_dtype, [&](auto tag) { fixed_stats_as<typename decltype(tag)::type>(args); });
 }
@@ -66,6 +67,5 @@ void update_running(const RunningArgs& args) {
   visit(args.update.dtype, [&](auto tag) { update_running_as<typename decltype(tag)::type>(args); });
 }
 
-}  // namespace
 }  // namespace NORMEXT_ISA
 }  // namespace normext

@@ -85,18 +85,6 @@ void transpose_elements(const void* from, void* to, std::int64_t batch, std::int
   });
 }
 
-void transpose(const void* from, void* to, std::int64_t batch, std::int64_t rows, std::int64_t cols, std::size_t element_bytes,
-               const cpu::Parallel& parallel) {
-  switch (element_bytes) {
-    case 2:
-      return transpose_elements<std::uint16_t>(from, to, batch, rows, cols, parallel);
-    case 4:
-      return transpose_elements<std::uint32_t>(from, to, batch, rows, cols, parallel);
-    default:
-      return transpose_elements<std::uint64_t>(from, to, batch, rows, cols, parallel);
-  }
-}
-
 }  // namespace
 }  // namespace NORMEXT_ISA
 }  // namespace normext

@@ -4,7 +4,7 @@
 //   finish   parameter gradients, SyncBatchNorm's sums, means over the slabs              channel_stats.cuh; planes: see below
 //   apply    gradients of input and residual: dz is computed again                        skipped where neither is wanted
 //
-// On planes apply finds the means of its slab by itself, and batch norm's parameter gradients with them: a launch less.
+// On planes apply may find the means of its slab by itself, and batch norm's parameter gradients with them: a launch less.
 #pragma once
 
 #include "cuda/channel_entry.h"
@@ -17,22 +17,20 @@ namespace normext::cuda {
 template <class A, class Sums, class Apply>
 void backward_steps(const ChannelBackwardArgs& args, void* workspace, void* stream, Sums launch_sums, Apply launch_apply) {
   const GradWorkspace sizes(args, args.shape, static_cast<int>(size_of(args.dtype)));
-  const bool planes = args.shape.layout == ChannelLayout::kPlanes, batch_norm = args.shape.batch_norm();
-  const bool apply_finishes = planes && sizes.needs_means && args.sums == nullptr;
   A* partials = static_cast<A*>(workspace);
   GradSumsParams<A> finish{};
   finish.shape = args.shape;
   finish.runs = sizes.runs;
   finish.param_dtype = args.param_dtype;
   finish.weight = args.weight;
-  A* means = sizes.needs_means ? partials + sizes.partials : nullptr;
+  A* means = sizes.means > 0 ? partials + sizes.partials : nullptr;
   if (sizes.needs_sums) {
-    finish.by_channel = apply_finishes && batch_norm;
+    finish.by_channel = sizes.apply_finishes && args.shape.batch_norm();
     finish.partials = partials;
     finish.grad[0] = args.grad_bias;
     finish.grad[1] = args.grad_weight;
     finish.sums = args.given_sums ? nullptr : static_cast<A*>(args.sums);
-    finish.means = args.given_sums || apply_finishes ? nullptr : means;
+    finish.means = args.given_sums ? nullptr : means;
     launch_sums(finish);
     if (!finish.by_channel) launch_grad_sums(finish, stream);
   }
@@ -46,6 +44,33 @@ void backward_steps(const ChannelBackwardArgs& args, void* workspace, void* stre
     launch_grad_sums(finish, stream);
   }
   if (args.grad_input != nullptr || args.grad_residual != nullptr) launch_apply(finish);
+}
+
+constexpr int kMeansLevels = 6;  // up to 2^35 partial sums in a group
+
+// Means over a slab of g (which = 0) and g * xhat (1), from the partial sums of its channels; by a whole warp.
+template <class A>
+__device__ __forceinline__ A group_mean(const GradSumsParams<A>& params, int which, std::int64_t slab) {
+  const ChannelShape& shape = params.shape;
+  const std::int64_t each = shape.channels / shape.groups;
+  const std::int64_t image = slab / shape.groups;
+  const std::int64_t first_channel = (slab - image * shape.groups) * each;
+  const A sum = warp_pairwise<kMeansLevels, A>(slab < 0 ? 0 : params.runs * each, [&](std::int64_t e) {
+    const std::int64_t run = e / each;
+    const std::int64_t channel = first_channel + e - run * each;
+    const A weight = params.weight != nullptr ? load_any<A>(params.param_dtype, params.weight, channel) : A(1);
+    return weight * params.partials[params.place(which, image * params.runs + run, channel)];
+  });
+  return sum / static_cast<A>(each * shape.spatial);
+}
+// The same of batch norm, whose slabs are channels. Where `stores`, the sum is a parameter's gradient, too.
+template <class A>
+__device__ __forceinline__ A channel_mean(const GradSumsParams<A>& params, int which, std::int64_t channel, bool stores) {
+  const A sum =
+      warp_pairwise<kMeansLevels, A>(params.runs, [&](std::int64_t e) { return params.partials[params.place(which, e, channel)]; });
+  if (stores && params.grad[which] != nullptr && lane_id() == 0) store_any(params.param_dtype, params.grad[which], channel, sum);
+  const A weight = params.weight != nullptr ? load_any<A>(params.param_dtype, params.weight, channel) : A(1);
+  return weight * sum / static_cast<A>(params.shape.slab_size());
 }
 
 // Replaces dy by dz and gives xhat, of N values.

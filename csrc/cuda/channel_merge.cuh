@@ -1,5 +1,6 @@
 // Moments that know how many values they are of, and their merge: the segment moments and merge formulas of norms/stats.h, two at a
-// time, in an order that the shape fixes. Also per-channel parameters of a type known at run time.
+// time, in an order that the shape fixes. What becomes of a slab's statistics, and where they come from in evaluation. Also arrays
+// of a type known at run time.
 #pragma once
 
 #include "core/channel_args.h"
@@ -125,7 +126,6 @@ __device__ __forceinline__ void update_running_stats(const RunningUpdate& update
                                                      A unbiased) {
   const A rate = update.batches != nullptr ? A(1) / static_cast<A>(*update.batches) : momentum;
   const auto take = [&](void* running, A found) {
-    if (running == nullptr) return;
     const A old = load_any<A>(update.dtype, running, channel);
     store_any(update.dtype, running, channel, ChannelNorm::running<A>(old, found, rate));
   };
@@ -177,33 +177,6 @@ template <class T, class A = Accumulate<T>>
 __device__ __forceinline__ CentredRow<A> running_stats(const ChannelForwardArgs& args, bool wide, std::int64_t channel, A eps) {
   return ChannelNorm::from_running<A>(load_parameter<T>(args.running_mean, wide, channel, 0.0f),
                                       load_parameter<T>(args.running_var, wide, channel, 1.0f), eps);
-}
-
-constexpr int kMeansLevels = 6;  // up to 2^35 partial sums in a group
-
-// Means over a slab of g (which = 0) and g * xhat (1), from the partial sums of its channels; by a whole warp.
-template <class A>
-__device__ __forceinline__ A group_mean(const GradSumsParams<A>& params, int which, std::int64_t slab) {
-  const ChannelShape& shape = params.shape;
-  const std::int64_t each = shape.channels / shape.groups;
-  const std::int64_t image = slab / shape.groups;
-  const std::int64_t first_channel = (slab - image * shape.groups) * each;
-  const A sum = warp_pairwise<kMeansLevels, A>(slab < 0 ? 0 : params.runs * each, [&](std::int64_t e) {
-    const std::int64_t run = e / each;
-    const std::int64_t channel = first_channel + e - run * each;
-    const A weight = params.weight != nullptr ? load_any<A>(params.param_dtype, params.weight, channel) : A(1);
-    return weight * params.partials[params.place(which, image * params.runs + run, channel)];
-  });
-  return sum / static_cast<A>(each * shape.spatial);
-}
-// The same of batch norm, whose slabs are channels. Where `stores`, the sum is a parameter's gradient, too.
-template <class A>
-__device__ __forceinline__ A channel_mean(const GradSumsParams<A>& params, int which, std::int64_t channel, bool stores) {
-  const A sum =
-      warp_pairwise<kMeansLevels, A>(params.runs, [&](std::int64_t e) { return params.partials[params.place(which, e, channel)]; });
-  if (stores && params.grad[which] != nullptr && lane_id() == 0) store_any(params.param_dtype, params.grad[which], channel, sum);
-  const A weight = params.weight != nullptr ? load_any<A>(params.param_dtype, params.weight, channel) : A(1);
-  return weight * sum / static_cast<A>(params.shape.slab_size());
 }
 
 // y = activation(z), one branch for all values.

@@ -185,9 +185,10 @@ inline LastPlan apply_plan(LastPlan plan) {
 // What a backward needs, and the workspace for it, in values of the accumulate type.
 struct GradWorkspace {
   bool needs_sums, needs_means;
-  std::int64_t runs;          // entries per image (batch norm: in all) of the partial sums
-  std::int64_t partials = 0;  // [2][images * runs][channels]
-  std::int64_t means = 0;     // [2][slabs]
+  bool apply_finishes = false;  // on planes the kernel that forms dx finds the means of its slab by itself, from few sums
+  std::int64_t runs;            // entries per image (batch norm: in all) of the partial sums
+  std::int64_t partials = 0;    // [2][images * runs][channels], or [channels][2][runs]
+  std::int64_t means = 0;       // [2][slabs]
 
   GradWorkspace(const ChannelBackwardArgs& args, const ChannelShape& shape, int element_size)
       : needs_means(args.grad_input != nullptr && !args.fixed_stats),
@@ -196,7 +197,10 @@ struct GradWorkspace {
     needs_sums =
         args.grad_weight != nullptr || args.grad_bias != nullptr || (!args.given_sums && (needs_means || args.sums != nullptr));
     if (needs_sums) partials = 2 * (shape.batch_norm() ? 1 : shape.batch) * runs * shape.channels;
-    if (needs_means) means = 2 * shape.slabs();
+    constexpr std::int64_t kFewSums = 256;  // of a slab, which each of its blocks adds
+    apply_finishes =
+        shape.layout == ChannelLayout::kPlanes && needs_means && args.sums == nullptr && runs * shape.group_channels() <= kFewSums;
+    if (needs_means && !apply_finishes) means = 2 * shape.slabs();
   }
 };
 

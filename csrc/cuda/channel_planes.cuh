@@ -2,7 +2,8 @@
 //
 //   output = activation(xhat * weight + bias + residual),   statistics per slab (core/channel_args.h)
 //
-// Two launches, a team of warps per segment of a slab (channel_plan.h) in both, so that one slab fills many multiprocessors:
+// Two launches, in evaluation the second alone, a team of warps per segment of a slab (channel_plan.h) in both, so that one slab
+// fills many multiprocessors:
 //   moments  each warp takes pieces of 1024 elements in registers; their moments meet in shared memory, are merged by one warp and
 //            go to the workspace
 //   apply    one warp merges the moments of the slab's segments; all normalise, add, activate, and round once. The first segment's

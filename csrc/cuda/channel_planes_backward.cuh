@@ -18,8 +18,8 @@ struct PlanesBackwardParams {
   ChannelBackwardArgs args;
   PlanesPlan plan;
   std::int64_t stats_slabs, slabs_each;  // slabs of the statistics; of the plan to one of those
-  A* partials;                           // that of `finish`
-  GradSumsParams<A> finish;              // what becomes of the sums; means are null where apply finds them
+  A* partials;                           // of the sums, which are written there
+  GradSumsParams<A> finish;              // what becomes of them; means are null where apply finds them
   bool input_aligned;                    // input, residual and grad_output
   bool output_aligned;                   // grad_input and grad_residual
   bool wide;                             // weight and bias are float32 while T is a 16-bit type
@@ -124,8 +124,8 @@ __device__ __forceinline__ SlabMeans<A> team_means(const PlanesBackwardParams<A>
     return {finish.means[team.slab], finish.means[slabs + team.slab]};
   }
   A* shared = reinterpret_cast<A*>(dynamic_smem()) + team.index * 2;
-  if (team.warp == 0 && team.active) {
-    for (int which = 0; which < 2; ++which) {
+  if (team.active) {
+    for (int which = team.warp; which < 2; which += params.plan.warps) {
       const A mean = finish.shape.batch_norm() ? channel_mean(finish, which, team.slab, team.segment == 0)
                                                : group_mean(finish, which, team.slab);
       if (lane_id() == 0) shared[which] = mean;

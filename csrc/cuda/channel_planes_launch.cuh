@@ -6,7 +6,7 @@
 
 namespace normext::cuda {
 
-// Not resident: statistics that are given, or wanted alone.
+// Not resident: statistics that are given, of evaluation, or wanted alone.
 inline ResidentPlan planes_resident(const ChannelForwardArgs& args, const PlanesPlan& plan, int device) {
   if (!args.takes_statistics() || args.output == nullptr) return {};
   return resident_plan(plan, static_cast<int>(size_of(args.dtype)), static_cast<int>(accumulate_size_of(args.dtype)),

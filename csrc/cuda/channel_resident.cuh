@@ -6,7 +6,8 @@
 // its own pieces. The order of every sum is that of channel_planes.cuh, and so are the bits. A warp reads from shared memory only
 // what it wrote. All input is read before any output is written, but for the residual, which is read by the lanes that write the
 // same elements. Compiled once for plain and fused calls: plain ones get up to 20 registers more, which were not yet measured on a
-// GPU. Chosen where slabs fit and fill the device (resident_plan). Does not do: given statistics, statistics alone.
+// GPU. Chosen where slabs fit and fill the device (resident_plan). Does not do: statistics that are given or running ones,
+// statistics alone.
 #pragma once
 
 #include "cuda/channel_planes.cuh"

@@ -1,5 +1,6 @@
-// Statistics of all ranks (SyncBatchNorm), and running statistics by themselves: of instance norm, of SyncBatchNorm, and where the
-// forward and they are separate ops. One thread per channel; nothing is read by the host, so that a captured graph replays right.
+// Statistics of all ranks (SyncBatchNorm), and running statistics by themselves: of instance norm, of SyncBatchNorm, where the
+// forward and they are separate ops, and where they share memory with what the forward reads. One thread per channel; nothing is
+// read by the host, so that a captured graph replays right.
 #pragma once
 
 #include "cuda/channel_launch.cuh"

@@ -7,6 +7,7 @@
 // Orders of addition depend on the number of entries only. All are bound by latency: they read what L2 holds.
 #pragma once
 
+#include "cuda/channel_backward.cuh"
 #include "cuda/channel_entry.h"
 #include "cuda/channel_launch.cuh"
 #include "cuda/channel_merge.cuh"
@@ -44,9 +45,10 @@ __global__ void __launch_bounds__(kFinaliseWarps * 32, 1)
     block_barrier();
     merged = merge_table(shared, warps, [&](std::int64_t w) { return shared[3 * warps + w]; });
   }
+  if (threadIdx.x == 0) {
+    SlabStats<A>(merged.moments, static_cast<A>(params.slab_size), params.eps).save(params.sink, slab);
+  }
   launch_dependents();
-  if (threadIdx.x != 0) return;
-  SlabStats<A>(merged.moments, static_cast<A>(params.slab_size), params.eps).save(params.sink, slab);
 }
 
 template <class A>

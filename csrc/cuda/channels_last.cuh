@@ -3,7 +3,7 @@
 //   output = activation(xhat * weight + bias + residual),   statistics per slab (core/channel_args.h)
 //
 // A thread owns `vector` neighbouring channels of every row_lanes-th row, a block such threads side by side and a run of rows
-// (channel_plan.h). Three launches:
+// (channel_plan.h). Three launches, in evaluation the last alone:
 //   moments   each thread takes 16 rows at a time in registers and merges their moments into those of its channels; threads of a
 //             block that own the same channels merge theirs pairwise; a table of (run, channel of the slab) goes to the workspace
 //   finalise  merges the table of each slab (channel_stats.cuh)

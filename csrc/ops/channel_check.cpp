@@ -53,7 +53,7 @@ ChannelGeometry check_geometry(const char* op, const Tensor& input, std::int64_t
     if (size_of(geometry.dtype) == 2 && parameter->has_dtype(DType::kFloat32)) geometry.param_dtype = DType::kFloat32;
     break;
   }
-  geometry.stats_dtype = geometry.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  geometry.stats_dtype = accumulate_dtype_of(geometry.dtype);
   if (activation < 0 || activation > static_cast<int>(Activation::kLeakyRelu)) {
     refuse_argument(op, "activation 0 (none), 1 (relu), 2 (silu), 3 (gelu) or 4 (leaky_relu)", std::to_string(activation));
   }

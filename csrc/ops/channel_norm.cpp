@@ -100,6 +100,56 @@ void run_forward(const ChannelForward& request, const ChannelGeometry& geometry,
   launch(args, device);
 }
 
+// Running statistics that an op updates, checked. What the kernels update may be a copy, which write_back() returns.
+struct RunningTarget {
+  RunningUpdate update;
+  const Tensor* mean = nullptr;
+  const Tensor* var = nullptr;
+  Tensor mean_copy, var_copy;
+
+  void write_back() const {
+    if (mean_copy) copy(mean_copy, *mean);
+    if (var_copy) copy(var_copy, *var);
+  }
+};
+
+// `like`: the input, or the statistics of one.
+RunningTarget running_target(const char* op, const Tensor& like, bool wide, const Tensor& running_mean, const Tensor& running_var,
+                             const Tensor* num_batches_tracked, double momentum) {
+  RunningTarget target;
+  RunningUpdate& update = target.update;
+  check_device(op, "running_mean", running_mean, like);
+  check_device(op, "running_var", running_var, like);
+  if (!from_torch_dtype(running_mean.dtype_number(), &update.dtype) || !running_var.has_dtype(update.dtype) ||
+      (update.dtype == DType::kFloat64) != wide) {
+    refuse_argument(op, "running statistics of one dtype: float32, float16 or bfloat16, float64 with float64 stats",
+                    running_mean.dtype_text() + " and " + running_var.dtype_text());
+  }
+  if (running_mean.ndim() != 1 || !running_mean.same_shape(running_var)) {
+    refuse_argument(op, "running statistics of one shape [channels]",
+                    running_mean.shape_text() + " and " + running_var.shape_text());
+  }
+  if (may_overlap_itself(running_mean) || may_overlap_itself(running_var)) {
+    refuse_argument(op, "running statistics with an element of their own per channel", "expanded ones");
+  }
+  if (num_batches_tracked != nullptr) {
+    const Tensor& batches = *num_batches_tracked;
+    check_device(op, "num_batches_tracked", batches, like);
+    if (batches.dtype_number() != aoti_torch_dtype_int64() || !(batches.ndim() == 0 || batches.has_shape({1}))) {
+      refuse_argument(op, "num_batches_tracked of one int64", batches.dtype_text() + " of shape " + batches.shape_text());
+    }
+    update.batches = static_cast<const std::int64_t*>(batches.data());
+  }
+  update.momentum = momentum;
+  target.mean = &running_mean;
+  target.var = &running_var;
+  if (!running_mean.is_contiguous()) target.mean_copy = contiguous_copy(running_mean, update.dtype);
+  if (!running_var.is_contiguous()) target.var_copy = contiguous_copy(running_var, update.dtype);
+  update.mean = (target.mean_copy ? target.mean_copy : running_mean).mutable_data();
+  update.var = (target.var_copy ? target.var_copy : running_var).mutable_data();
+  return target;
+}
+
 // Whether running statistics share memory with what the forward reads, so that they must be updated after it.
 bool updates_what_is_read(const RunningTarget& running, const ChannelForward& request) {
   if (running.mean == nullptr) return false;
@@ -261,47 +311,6 @@ MergeResult merge_moments(const char* op, const Tensor& gathered, double eps) {
   if (args.channels == 0) fill_zero(result.count);
   else launch(args, gathered.device());
   return result;
-}
-
-void RunningTarget::write_back() const {
-  if (mean_copy) copy(mean_copy, *mean);
-  if (var_copy) copy(var_copy, *var);
-}
-
-RunningTarget running_target(const char* op, const Tensor& like, bool wide, const Tensor& running_mean, const Tensor& running_var,
-                             const Tensor* num_batches_tracked, double momentum) {
-  RunningTarget target;
-  RunningUpdate& update = target.update;
-  check_device(op, "running_mean", running_mean, like);
-  check_device(op, "running_var", running_var, like);
-  if (!from_torch_dtype(running_mean.dtype_number(), &update.dtype) || !running_var.has_dtype(update.dtype) ||
-      (update.dtype == DType::kFloat64) != wide) {
-    refuse_argument(op, "running statistics of one dtype: float32, float16 or bfloat16, float64 with float64 stats",
-                    running_mean.dtype_text() + " and " + running_var.dtype_text());
-  }
-  if (running_mean.ndim() != 1 || !running_mean.same_shape(running_var)) {
-    refuse_argument(op, "running statistics of one shape [channels]",
-                    running_mean.shape_text() + " and " + running_var.shape_text());
-  }
-  if (may_overlap_itself(running_mean) || may_overlap_itself(running_var)) {
-    refuse_argument(op, "running statistics with an element of their own per channel", "expanded ones");
-  }
-  if (num_batches_tracked != nullptr) {
-    const Tensor& batches = *num_batches_tracked;
-    check_device(op, "num_batches_tracked", batches, like);
-    if (batches.dtype_number() != aoti_torch_dtype_int64() || !(batches.ndim() == 0 || batches.has_shape({1}))) {
-      refuse_argument(op, "num_batches_tracked of one int64", batches.dtype_text() + " of shape " + batches.shape_text());
-    }
-    update.batches = static_cast<const std::int64_t*>(batches.data());
-  }
-  update.momentum = momentum;
-  target.mean = &running_mean;
-  target.var = &running_var;
-  if (!running_mean.is_contiguous()) target.mean_copy = contiguous_copy(running_mean, update.dtype);
-  if (!running_var.is_contiguous()) target.var_copy = contiguous_copy(running_var, update.dtype);
-  update.mean = (target.mean_copy ? target.mean_copy : running_mean).mutable_data();
-  update.var = (target.var_copy ? target.var_copy : running_var).mutable_data();
-  return target;
 }
 
 void update_running(const char* op, const Tensor& stats, const Tensor& running_mean, const Tensor& running_var,

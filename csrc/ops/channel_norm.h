@@ -12,19 +12,6 @@
 
 namespace normext::ops {
 
-// Running statistics that an op updates, checked. What the kernels update may be a copy, which write_back() returns.
-struct RunningTarget {
-  RunningUpdate update;
-  const Tensor* mean = nullptr;
-  const Tensor* var = nullptr;
-  Tensor mean_copy, var_copy;
-
-  void write_back() const;
-};
-// `like`: the input, or the statistics of one.
-RunningTarget running_target(const char* op, const Tensor& like, bool wide, const Tensor& running_mean, const Tensor& running_var,
-                             const Tensor* num_batches_tracked, double momentum);
-
 // output = activation(norm(input) * weight + bias + residual)
 struct ChannelForward {
   const char* op;  // for error texts
@@ -48,7 +35,7 @@ struct ChannelForward {
 
 struct ChannelForwardResult {
   Tensor output;
-  Tensor stats;  // [4, slabs], accumulate dtype; absent unless saved
+  Tensor stats;  // [4, slabs], accumulate dtype; absent unless saved, 0 where input is empty
 };
 
 ChannelForwardResult channel_forward(const ChannelForward& request);

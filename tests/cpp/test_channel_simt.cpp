@@ -170,8 +170,13 @@ void test_resident() {
 // Statistics alone, statistics given, and every subset of gradients.
 void test_subsets() {
   for (const ChannelLayout layout : kLayouts) {
-    for (const std::int64_t groups : {0, 3}) {
-      const Problem p{{2, 12, 370, groups, layout}, DType::kFloat32, DType::kFloat32, Activation::kGelu, true};
+    // One segment and several; groups of few sums, whose means the kernel of dx finds, and of many.
+    for (const ChannelShape& shape : {ChannelShape{2, 12, 370, 0, layout},
+                                      {2, 12, 370, 3, layout},
+                                      {2, 3, 9000, 0, layout},
+                                      {2, 4, 9000, 2, layout},
+                                      {1, 300, 20, 1, layout}}) {
+      const Problem p{shape, DType::kFloat32, DType::kFloat32, Activation::kGelu, true};
       Tensors all(p), t(p);
       forward(forward_args(p, all));
       ChannelForwardArgs f = forward_args(p, t);
@@ -280,7 +285,11 @@ void test_sync() {
 void test_running_in_forward() {
   for (const ChannelLayout layout : kLayouts) {
     for (const Pair pair : kPairs) {
-      for (const ChannelShape& shape : {ChannelShape{3, 12, 50, 0, layout}, {2, 264, 24, 0, layout}, {1, 2, 9000, 0, layout}}) {
+      for (const ChannelShape& shape : {ChannelShape{3, 12, 50, 0, layout},
+                                        {2, 264, 24, 0, layout},
+                                        {1, 2, 9000, 0, layout},
+                                        {9, 1, 50, 0, layout},
+                                        {70, 30, 1, 0, layout}}) {
         const Problem p{shape, pair.data, pair.params, Activation::kRelu, true};
         Tensors t(p), given(p);
         const std::int64_t channels = shape.channels;
@@ -347,6 +356,10 @@ void test_launches() {
       cuda::forced_resident_blocks().reset();
       const int expected = planes ? (groups == 0 ? 2 : 3) : (groups == 0 ? 3 : 4);
       expect(count([&] { backward(backward_args(p, t)); }) == expected, p.name() + ": launches of a backward");
+      const Problem many{{1, 300, 20, groups == 0 ? 0 : 1, layout}};
+      Tensors u(many);
+      forward(forward_args(many, u));
+      expect(count([&] { backward(backward_args(many, u)); }) == (groups == 0 ? expected : 4), many.name() + ": launches");
       if (groups > 0) continue;
       f.running_mean = mean.data(), f.running_var = variance.data(), f.moments = nullptr, f.update = {};
       expect(count([&] { forward(f); }) == 1, p.name() + ": launches of an evaluation");

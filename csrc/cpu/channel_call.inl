@@ -1,12 +1,8 @@
-// The channel norm kernels of one instruction set: from run-time types and layouts to the kernels.
+// The channel norm kernels of one instruction set: from run-time types and layouts to a kernel.
 #pragma once
 
 #include "core/dtypes.h"
-#include "cpu/channel_planes.inl"
-#include "cpu/channel_planes_backward.inl"
-#include "cpu/channel_running.inl"
-#include "cpu/channels_last.inl"
-#include "cpu/channels_last_backward.inl"
+#include "cpu/channel_kernels.h"
 
 namespace normext {
 inline namespace NORMEXT_ISA {
@@ -30,14 +26,6 @@ NORMEXT_INLINE void channel_call(const Args& args, const cpu::ChannelPlan& plan,
     }
     call(std::true_type());
   });
-}
-
-void channel_forward(const ChannelForwardArgs& args, const cpu::ChannelPlan& plan) {
-  channel_call<PlanesForward, LastForward>(args, plan, args.residual != nullptr || args.activation != Activation::kNone);
-}
-
-void channel_backward(const ChannelBackwardArgs& args, const cpu::ChannelPlan& plan) {
-  channel_call<PlanesBackward, LastBackward>(args, plan, args.activation != Activation::kNone);
 }
 
 }  // namespace
