@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent
 TORCH_OLDEST = (2, 10)
 NVCC_OLDEST = (12, 8)  # the first that knows sm_100 and sm_120
 ARCH_OLDEST = 80
-GIB_PER_JOB = 3  # what one compiler may need
+GIB_PER_JOB = 1  # what one compiler may need [half of it at most; the emulator of the tests, which users do not build, 0.9]
 
 NO_TORCH = """\
 no torch found to compile against: run `pip install torch` first. If it is installed, the build cannot see it, as under uv, build \
