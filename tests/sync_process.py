@@ -1,9 +1,12 @@
-"""One rank of the SyncBatchNorm tests: `python sync_process.py <rank> <world> <rendezvous file>`. Every check raises on failure."""
+"""The ranks of the SyncBatchNorm tests: `python sync_process.py <world> <rendezvous file>`. Every check raises on failure."""
 
+import os
 import sys
+import traceback
 import unittest.mock
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -226,15 +229,34 @@ CHECKS = (
 )
 
 
-def main():
-    rank, world, rendezvous = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+def run(rank, world, rendezvous):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     for check in CHECKS:
         check(rank, world)
         dist.barrier()
     dist.destroy_process_group()
-    print("done", len(CHECKS))
+    print("done", rank, len(CHECKS), flush=True)
+
+
+def main():
+    """Forks the ranks, so that torch is imported once; ends with the first that fails, for which the others would wait."""
+    world, rendezvous = int(sys.argv[1]), sys.argv[2]
+    ranks = []
+    for rank in range(world):
+        ranks.append(os.fork())
+        if ranks[-1] == 0:
+            try:
+                run(rank, world, rendezvous)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+            os._exit(0)
+    for _ in ranks:
+        _, status = os.wait()
+        if status != 0:
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """SyncBatchNorm in real processes over gloo: what each rank must find is in sync_process.py. And what holds in one process."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 
@@ -19,25 +21,19 @@ SCRIPT = os.path.join(os.path.dirname(__file__), "sync_process.py")
 def test_processes(world, backend, tmp_path):
     if backend.device == "cuda":
         pytest.skip("gloo moves CPU tensors; NCCL wants a GPU per rank")
-    rendezvous = str(tmp_path / "rendezvous")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, str(rank), str(world), rendezvous],
-            env=backend.environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        results = [rank.communicate(timeout=240) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, (out, err) in zip(ranks, results, strict=True):
-        assert rank.returncode == 0, err[-3000:]
-        assert out.split() == ["done", str(len(sync_process.CHECKS))]
+    # Files, not pipes: after a failure, ranks that wait for it would keep those open.
+    printed, errors = tmp_path / "stdout", tmp_path / "stderr"
+    with printed.open("w") as out, errors.open("w") as err:
+        command = [sys.executable, SCRIPT, str(world), str(tmp_path / "rendezvous")]
+        ranks = subprocess.Popen(command, env=backend.environment(), stdout=out, stderr=err, start_new_session=True)
+        try:
+            status = ranks.wait(timeout=240)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(ranks.pid, signal.SIGKILL)
+    assert status == 0, errors.read_text()[-3000:]
+    done = [f"done {rank} {len(sync_process.CHECKS)}" for rank in range(world)]
+    assert sorted(printed.read_text().splitlines()) == done
 
 
 def test_alone_it_is_batch_norm(device):
