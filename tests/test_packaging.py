@@ -286,7 +286,7 @@ def test_jobs_are_bounded(monkeypatch):
     assert jobs() == 3
     monkeypatch.delenv("MAX_JOBS")
     assert 1 <= jobs() <= len(os.sched_getaffinity(0))
-    monkeypatch.setattr(os, "sysconf", {"SC_AVPHYS_PAGES": 1 << 20, "SC_PAGE_SIZE": 4096}.get)  # 4 GiB
+    monkeypatch.setattr(os, "sysconf", {"SC_AVPHYS_PAGES": 3 << 17, "SC_PAGE_SIZE": 4096}.get)  # 1.5 GiB
     assert jobs() == 1
 
 
