@@ -7,12 +7,11 @@ import channel_grid
 import figures
 import machine
 import targets
+from channel_grid import DTYPES
 from figures import geomean, select, select_channel
 from markdown import error, microseconds, table, times
 
 ISAS = ("avx512_bf16", "avx512", "avx2", "neon", "scalar", None)  # None: a GPU's results
-DTYPES = ("float32", "bfloat16")
-PASSES = {"forward": "forward", "train": "forward+backward"}
 SECTIONS = {
     "cpu_fresh": "row norms",
     "cpu_warm": "warm pages",
@@ -95,15 +94,17 @@ def grid(machines, section, ops, choose):
     return columns(machines, section, rows)
 
 
-def copy_rates(machines):
-    def share(op, section):
-        cells = []
-        for dtype in DTYPES:
-            large = [f.share_of_copy_rate() for f in select(section, op, "forward", dtype) if f.out_of_cache]
-            cells.append(f"{min(large):.0%} - {max(large):.0%}" if large else "-")
-        return ", ".join(cells)
+def copy_rate(section, op, dtype):
+    """Least and largest share of the copy's rate, out of cache."""
+    large = [f.share_of_copy_rate() for f in select(section, op, "forward", dtype) if f.out_of_cache]
+    return f"{min(large):.0%} - {max(large):.0%}" if large else "-"
 
-    return columns(machines, "cpu_warm", {op: partial(share, op) for op in figures.OPS})
+
+def copy_rates(machines):
+    def cell(op, section):
+        return ", ".join(copy_rate(section, op, dtype) for dtype in DTYPES)
+
+    return columns(machines, "cpu_warm", {op: partial(cell, op) for op in figures.OPS})
 
 
 # Calls and networks -----------------------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ import channel_grid
 import figures
 import machine
 import overview
+from channel_grid import DTYPES
 from figures import geomean, select, select_channel
 from markdown import error, microseconds, table, times
 
-DTYPES = ("float32", "bfloat16")
 AT_COPY_SPEED = (
     "A kernel at copy speed would only move the op's bytes, at the rate of `y.copy_(x)` into mapped memory: no call, no sums."
 )
@@ -103,11 +103,8 @@ def copy_rates(section, op=None):
 def copy_rate_summary(section):
     rows = []
     for op in figures.OPS:
-        cells = []
-        for dtype in DTYPES:
-            large = [f.share_of_copy_rate() for f in select(section, op, "forward", dtype) if f.out_of_cache]
-            cells.append(f"{min(large):.0%} - {max(large):.0%}" if large else "-")
-        rows.append([op, *cells, *speedups(section, op, "forward", "eager")])
+        shares = (overview.copy_rate(section, op, dtype) for dtype in DTYPES)
+        rows.append([op, *shares, *speedups(section, op, "forward", "eager")])
     header = ["op", *(f"share, {dtype}" for dtype in DTYPES), "whole grid: forward / eager", *DTYPES]
     return table(header, rows)
 

@@ -1,4 +1,4 @@
-// Everything an instruction set offers to isa.cpp: kKernels, and what it is made of. CMake compiles each isa_*.cpp in four parts,
+// Everything an instruction set offers to isa.cpp: kKernels, and what it is made of. CMake compiles each isa_*.cpp in five parts,
 // NORMEXT_PART = 0 to 4, side by side: as one it is most of a build's time and memory. Without NORMEXT_PART a file has all of them.
 #pragma once
 
