@@ -23,7 +23,7 @@ def test_processes(world, backend, tmp_path):
         pytest.skip("gloo moves CPU tensors; NCCL wants a GPU per rank")
     # Files, not pipes: after a failure, ranks that wait for it would keep those open.
     printed, errors = tmp_path / "stdout", tmp_path / "stderr"
-    with printed.open("w") as out, errors.open("w") as err:
+    with printed.open("a") as out, errors.open("a") as err:
         command = [sys.executable, SCRIPT, str(world), str(tmp_path / "rendezvous")]
         ranks = subprocess.Popen(command, env=backend.environment(), stdout=out, stderr=err, start_new_session=True)
         try:
