@@ -45,12 +45,9 @@ def test_residual_is_the_sum_rounded_once(case, backend):
 def test_parameter_gradients_of_many_rows(case, backend, record_property):
     t = cases.make(case, backend, rows=case.rows)
     figures = oracle.backward_errors(case, t, cases.gradients(case, t))
-    narrow = figures["dx"] if oracle.FUSED_MULTIPLY_ADD else figures.pop("dx")
     for quantity, figure in figures.items():
         record(record_property, case, quantity, figure)
     assert all(figure <= oracle.LIMIT for figure in figures.values()), figures
-    if narrow > oracle.LIMIT:  # without fma, some of 500 000 elements of rows as narrow as 8 miss it, fewer than with torch
-        assert narrow < oracle.backward_errors(case, t, cases.gradients(case, t, case.torch))["dx"]
 
 
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])

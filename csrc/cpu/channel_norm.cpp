@@ -192,7 +192,7 @@ std::size_t forward_plan(const ChannelForwardArgs& args, void* workspace, Channe
     plan.pieces = over(shape.spatial, plan.piece);
     plan.padded = padded(shape.channels);
     moments = kChannelMoments * shape.batch * plan.pieces * plan.padded;
-    rows = 3 * shape.batch * plan.padded;
+    rows = kForwardRows * shape.batch * plan.padded;
     params = 2 * plan.padded;
   }
   return lay_out(workspace, accumulate_size_of(args.dtype), {args.given_stats ? 0 : moments, rows, params},
@@ -243,9 +243,10 @@ ChannelNorm::Slab<A> merge_ranks(const Moments<A>* of_rank, const A* n, std::siz
     return terms[0];
   };
   const A pivot = of_rank[0].mean;
-  const A merged = sum([&](std::size_t r) { return n[r] * relative_mean(of_rank[r], pivot); }) / total;
-  m2 = sum([&](std::size_t r) { return centred_square(of_rank[r], n[r], pivot, merged); });
-  return finish_centred(pivot, merged, m2, total, eps);
+  const Centre<A> centre = centre_at(pivot, sum([&](std::size_t r) { return n[r] * relative_mean(of_rank[r], pivot); }) / total);
+  const A rest = sum([&](std::size_t r) { return n[r] * relative_mean(of_rank[r], centre); }) / total;
+  m2 = sum([&](std::size_t r) { return centred_square(of_rank[r], n[r], centre); });
+  return finish_centred(centre, rest, m2, total, eps);
 }
 
 template <class A>

@@ -152,7 +152,7 @@ struct Segments {
     a = {m.a, c.a, q.a};
     b = {m.b, c.b, q.b};
   }
-  // The two sums of a merge, for one unit of columns: n_s*u_s, and the shares of M2.
+  // The sums of a merge, for one unit of columns: n_s*u_s; n_s*w_s and the shares of M2.
   template <class Extent>
   NORMEXT_INLINE Pair<A> sum_means(std::int64_t column, Extent extent, Pair<A> pivot) const {
     std::int64_t left = pieces;
@@ -163,14 +163,21 @@ struct Segments {
       return Pair<A>{n * relative_mean(a, pivot.a), n * relative_mean(b, pivot.b)};
     });
   }
+  struct AboutCentre {
+    Pair<A> offsets, squares;
+    NORMEXT_INLINE AboutCentre operator+(const AboutCentre& other) const {
+      return {offsets + other.offsets, squares + other.squares};
+    }
+  };
   template <class Extent>
-  NORMEXT_INLINE Pair<A> sum_squares(std::int64_t column, Extent extent, Pair<A> pivot, Pair<A> merged) const {
+  NORMEXT_INLINE AboutCentre sum_about(std::int64_t column, Extent extent, const Centre<Vector<A>> (&centre)[2]) const {
     std::int64_t left = pieces;
     return sum_terms(count, [&](std::int64_t s) __attribute__((always_inline)) {
       Moments<Vector<A>> a, b;
       read(s, column, extent, a, b);
       const Vector<A> n = Vector<A>{} + size(left);
-      return Pair<A>{centred_square(a, n, pivot.a, merged.a), centred_square(b, n, pivot.b, merged.b)};
+      return AboutCentre{{n * relative_mean(a, centre[0]), n * relative_mean(b, centre[1])},
+                         {centred_square(a, n, centre[0]), centred_square(b, n, centre[1])}};
     });
   }
 
@@ -199,10 +206,11 @@ struct SlabSink {
         eps(static_cast<A>(args.eps)) {}
 
   template <class Extent>
-  NORMEXT_INLINE void write(std::int64_t slab, Extent extent, Pair<A> pivot, Pair<A> merged, Pair<A> m2) const {
+  NORMEXT_INLINE void write(std::int64_t slab, Extent extent, const Centre<Vector<A>> (&centre)[2], Pair<A> rest,
+                            Pair<A> m2) const {
     const Vector<A> count = Vector<A>{} + n, epsilon = Vector<A>{} + eps;
-    const CentredRow<Vector<A>> a = finish_centred(pivot.a, merged.a, m2.a, count, epsilon);
-    const CentredRow<Vector<A>> b = finish_centred(pivot.b, merged.b, m2.b, count, epsilon);
+    const CentredRow<Vector<A>> a = finish_centred(centre[0], rest.a, m2.a, count, epsilon);
+    const CentredRow<Vector<A>> b = finish_centred(centre[1], rest.b, m2.b, count, epsilon);
     if (stats != nullptr) {
       A variance[kUnit<A>];
       Packed<A>::pack(m2).write(variance);
@@ -218,8 +226,8 @@ struct SlabSink {
       store<A>(moments + 2 * slabs + slab, m2, extent);
     }
   }
-  NORMEXT_INLINE void write(std::int64_t slab, A pivot, A merged, A m2) const {
-    const CentredRow<A> row = finish_centred(pivot, merged, m2, n, eps);
+  NORMEXT_INLINE void write(std::int64_t slab, Centre<A> centre, A rest, A m2) const {
+    const CentredRow<A> row = finish_centred(centre, rest, m2, n, eps);
     const A values[kChannelStats] = {row.hi, row.lo, row.rstd, ChannelNorm::unbiased_variance(m2, n)};
     for (int k = 0; stats != nullptr && k < kChannelStats; ++k) stats[k * slabs + slab] = values[k];
     const A shared[kChannelMoments] = {row.hi, row.lo, m2};
@@ -234,8 +242,9 @@ __attribute__((noinline)) void merge_columns(const Segments<A>& segments, const 
   for_units<A>(begin, end, [&](std::int64_t column, auto extent) __attribute__((always_inline)) {
     const Pair<A> pivot = load<A>(segments.mean + column, extent);
     const Pair<A> sum = segments.sum_means(column, extent, pivot);
-    const Pair<A> merged = {sum.a / sink.n, sum.b / sink.n};
-    sink.write(first + column, extent, pivot, merged, segments.sum_squares(column, extent, pivot, merged));
+    const Centre<Vector<A>> centre[2] = {centre_at(pivot.a, sum.a / sink.n), centre_at(pivot.b, sum.b / sink.n)};
+    const auto about = segments.sum_about(column, extent, centre);
+    sink.write(first + column, extent, centre, {about.offsets.a / sink.n, about.offsets.b / sink.n}, about.squares);
   });
 }
 

@@ -5,7 +5,7 @@
 // sets of L1), and eight rows at a time so that the accumulators, which are in L1, cost little. Batch norm is one image with groups
 // of one channel. The output takes a few rows at a time, for which the channels' scalars are loaded once. It is written in the
 // input's layout or, for instance norm, as planes.
-// plan.partial: moments [3, batch * pieces, padded]; plan.rows: [batch, 3, padded], hi, lo and rstd of each channel; plan.params:
+// plan.partial: moments [3, batch * pieces, padded]; plan.rows: [batch, 4, padded], hi, lo and rstd of each channel; plan.params:
 // [2, padded], weight and bias. rows and params are in the order of T (vector.h); where threads share one image each has its own.
 #pragma once
 
@@ -184,7 +184,7 @@ struct LastForward {
   const std::int64_t channels = shape.channels;
   const Columns all = {0, channels};
 
-  NORMEXT_INLINE A* rows_of(std::int64_t image) const { return static_cast<A*>(plan.rows) + image * 3 * plan.padded; }
+  NORMEXT_INLINE A* rows_of(std::int64_t image) const { return static_cast<A*>(plan.rows) + image * cpu::kForwardRows * plan.padded; }
 
   NORMEXT_INLINE Segments<A> segments(std::int64_t image) const {
     return {static_cast<const A*>(plan.partial) + image * plan.pieces * plan.padded,
@@ -207,32 +207,38 @@ struct LastForward {
     }
   }
 
-  // Groups [begin, end) of several channels. The image's place in plan.rows holds what a merge needs per channel: the pivot of its
-  // group, then sums of the channel, of which the first give way to U of the group.
+  // Groups [begin, end) of several channels. The image's place in plan.rows holds what a merge needs per channel: sums of the channel
+  // or its share of the offsets, the centre of its group, and its share of M2.
   __attribute__((noinline)) void merge_groups(std::int64_t image, std::int64_t begin, std::int64_t end) const {
     const std::int64_t group = shape.group_channels();
     const Segments<A> found = segments(image);
     const SlabSink<A> sink(args);
-    A* pivot = rows_of(image);
-    A* sums = pivot + plan.padded;
-    A* squares = sums + plan.padded;
-    for (std::int64_t g = begin; g < end; ++g) fill(pivot + g * group, group, found.mean[g * group]);
+    A* sums = rows_of(image);
+    A* hi = sums + plan.padded;
+    A* lo = hi + plan.padded;
+    A* squares = lo + plan.padded;
+    for (std::int64_t g = begin; g < end; ++g) fill(hi + g * group, group, found.mean[g * group]);
     const auto sum_of = [&](const A* of_group) {
       return sum_values<A>(
           group, [&](std::int64_t c, auto extent) __attribute__((always_inline)) { return load<A>(of_group + c, extent); });
     };
     for_units<A>(begin * group, end * group, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
-      store<A>(sums + c, found.sum_means(c, extent, load<A>(pivot + c, extent)), extent);
+      store<A>(sums + c, found.sum_means(c, extent, load<A>(hi + c, extent)), extent);
     });
-    for (std::int64_t g = begin; g < end; ++g) {
-      A* of_group = sums + g * group;
-      fill(of_group, group, sum_of(of_group) / sink.n);
+    for (std::int64_t first = begin * group; first < end * group; first += group) {
+      const Centre<A> centre = centre_at(hi[first], sum_of(sums + first) / sink.n);
+      fill(hi + first, group, centre.hi);
+      fill(lo + first, group, centre.lo);
     }
     for_units<A>(begin * group, end * group, [&](std::int64_t c, auto extent) __attribute__((always_inline)) {
-      store<A>(squares + c, found.sum_squares(c, extent, load<A>(pivot + c, extent), load<A>(sums + c, extent)), extent);
+      const Pair<A> h = load<A>(hi + c, extent), l = load<A>(lo + c, extent);
+      const auto about = found.sum_about(c, extent, {{h.a, l.a}, {h.b, l.b}});
+      store<A>(sums + c, about.offsets, extent);
+      store<A>(squares + c, about.squares, extent);
     });
     for (std::int64_t g = begin; g < end; ++g) {
-      sink.write(image * shape.groups + g, pivot[g * group], sums[g * group], sum_of(squares + g * group));
+      const std::int64_t first = g * group;
+      sink.write(image * shape.groups + g, {hi[first], lo[first]}, sum_of(sums + first) / sink.n, sum_of(squares + first));
     }
   }
   // Groups [begin, end).
@@ -379,7 +385,7 @@ struct LastForward {
       return for_ranges(plan.parallel, shape.batch * transpose_row_blocks() * transpose_column_blocks(),
                         [&](std::int64_t begin, std::int64_t end) { apply_transposed(begin, end); });
     }
-    for_ranges_with_scalars<A, 3, 2>(
+    for_ranges_with_scalars<A, cpu::kForwardRows, 2>(
         *this, own, output_tasks(), [](const LastForward& self) { self.prepare_all(); },
         [](const LastForward& self, std::int64_t begin, std::int64_t end) { self.output(begin, end); });
   }

@@ -156,13 +156,14 @@ NORMEXT_INLINE void sum_columns(std::int64_t cols, Add add, Vector<A> (&out)[kSu
 template <class A>
 NORMEXT_INLINE CentredRow<A> merge_all(const Moments<A>* segment, std::int64_t cols, A eps, A* terms) {
   const std::int64_t count = segments_of(cols);
-  const A pivot = segment[0].mean;
-  for (std::int64_t s = 0; s < count; ++s) terms[s] = static_cast<A>(segment_cols(s, cols)) * relative_mean(segment[s], pivot);
-  const A merged = pairwise(terms, count) / static_cast<A>(cols);
-  for (std::int64_t s = 0; s < count; ++s) {
-    terms[s] = centred_square(segment[s], static_cast<A>(segment_cols(s, cols)), pivot, merged);
-  }
-  return finish_centred(pivot, merged, pairwise(terms, count), static_cast<A>(cols), eps);
+  const A n = static_cast<A>(cols), pivot = segment[0].mean;
+  const auto sum = [&](auto term) __attribute__((always_inline)) {
+    for (std::int64_t s = 0; s < count; ++s) terms[s] = term(segment[s], static_cast<A>(segment_cols(s, cols)));
+    return pairwise(terms, count);
+  };
+  const Centre<A> centre = centre_at(pivot, sum([&](Moments<A> s, A size) { return size * relative_mean(s, pivot); }) / n);
+  const A rest = sum([&](Moments<A> s, A size) { return size * relative_mean(s, centre); }) / n;
+  return finish_centred(centre, rest, sum([&](Moments<A> s, A size) { return centred_square(s, size, centre); }), n, eps);
 }
 
 // body(begin, end) over ranges of [0, tasks), on the caller's threads if there is more than one.

@@ -9,11 +9,11 @@
 
 namespace normext::cuda {
 
-// f(std::integral_constant<int, V>) for V = vector, of those that 16 bytes hold.
-template <class T, int V = 16 / static_cast<int>(sizeof(T)), class F>
+// f(std::integral_constant<int, V>) for V = vector, one that vector_of() returns.
+template <class T, int V = widest_vector(sizeof(T)), class F>
 void visit_vector(int vector, F&& f) {
   if constexpr (V > 1) {
-    if (vector != V) return visit_vector<T, V / 2>(vector, f);
+    if (vector != V) return visit_vector<T, narrower_vector(V)>(vector, f);
   }
   f(std::integral_constant<int, V>{});
 }

@@ -22,7 +22,8 @@ __device__ __forceinline__ Counted<A> merge(const Counted<A>& a, const Counted<A
   const A n = a.n + b.n;
   const A pivot = a.moments.mean;
   const A merged = (a.n * relative_mean(a.moments, pivot) + b.n * relative_mean(b.moments, pivot)) / (n > A(0) ? n : A(1));
-  const A m2 = centred_square(a.moments, a.n, pivot, merged) + centred_square(b.moments, b.n, pivot, merged);
+  const A da = relative_mean(a.moments, pivot) - merged, db = relative_mean(b.moments, pivot) - merged;
+  const A m2 = fma(a.n * da, da, a.moments.m2) + fma(b.n * db, db, b.moments.m2);
   const A hi = pivot + merged;
   // Moments of no values have no place for a pivot.
   if (b.n == A(0)) return a;

@@ -52,7 +52,7 @@ __device__ __forceinline__ A warp_pairwise_blocks(Count count, Term term) {
 #pragma unroll
     for (int l = 0; l < kLevels; ++l) {
       if (!complete) break;
-      if (lane_id() == index % 32) level[l] = block;
+      if (lane_id() == static_cast<unsigned>(index % 32)) level[l] = block;
       complete = last || index % 32 == 31;
       if (!complete) break;
       block = neighbours_sum(level[l]);
@@ -124,10 +124,13 @@ __device__ __forceinline__ typename Norm::template Row<A> merge_segments(const R
                                             [&](int s) { return term(Stats::get(table, tree.segments, s), count(s)); });
   };
   if constexpr (Norm::kCentred) {
-    const A pivot = single ? only.moments.mean : table[0];
-    const A merged = sum([&](const Stats& s, A values) { return values * relative_mean(s.moments, pivot); }) / cols;
-    const A m2 = sum([&](const Stats& s, A values) { return centred_square(s.moments, values, pivot, merged); });
-    return finish_centred(pivot, merged, m2, cols, eps);
+    if (single) return finish_centred(only.moments.mean, only.moments.correction, only.moments.m2, cols, eps);
+    const A pivot = table[0];
+    const Centre<A> centre = centre_at(
+        pivot, sum([&](const Stats& s, A values) { return values * relative_mean(s.moments, pivot); }) / cols);
+    const A rest = sum([&](const Stats& s, A values) { return values * relative_mean(s.moments, centre); }) / cols;
+    const A m2 = sum([&](const Stats& s, A values) { return centred_square(s.moments, values, centre); });
+    return finish_centred(centre, rest, m2, cols, eps);
   } else {
     return Norm::finish(sum([](const Stats& s, A) { return s.sum_x2; }), cols, eps);
   }

@@ -55,14 +55,16 @@ __device__ __forceinline__ std::uint32_t row_backward_steps(const RowBackwardPar
   const bool input = params.args.grad_input != nullptr && params.phase != BackwardPhase::kSums;
   const bool sums = params.args.grad_input != nullptr && params.phase != BackwardPhase::kApply;
   const bool weights = params.weight_partial != nullptr || params.bias_partial != nullptr;
-  std::uint32_t steps = (input ? kTakesInput : 0) | (sums ? kTakesSums : 0);
+  std::uint32_t steps = 0;
+  if (input) steps |= kTakesInput;
+  if (sums) steps |= kTakesSums;
   if (input && params.args.grad_residual_out != nullptr) steps |= kTakesResidual;
   if (weights && params.phase != BackwardPhase::kSums) steps |= kTakesParams;
   forget_derived(steps);
   return steps;
 }
 
-template <class Norm, class T, class P, int V>
+template <class Norm, class T, int V>
 __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
     row_backward_kernel(const __grid_constant__ RowBackwardParams<Accumulate<T>> params) {
   using A = Accumulate<T>;
@@ -94,7 +96,7 @@ __global__ void __launch_bounds__(max_warps(sizeof(T), V) * 32, 1)
   const LaneColumns<V> columns = lane_columns<V>(tree, segment, lane, in_team && segment < tree.segments);
   dependency_wait();
   A weight[kSlots][V];
-  load_weight<Norm, P>(params, columns, weight);
+  load_weight<Norm, T>(params, columns, weight);
 
   if (cluster) cluster_wait();
   const int table_values = mapping.rows_at_once * 2 * tree.segments;  // of the two tables that take turns

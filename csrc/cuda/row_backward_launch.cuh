@@ -60,10 +60,11 @@ RowBackwardParams<A> row_backward_params(const RowBackwardArgs& args, const RowB
   params.grad_input_aligned = is_aligned(args.grad_input, access);
   params.weight_aligned = is_aligned(args.weight, access_bytes(vector, size_of(args.param_dtype)));
   params.float_grad = args.grad_output_dtype == DType::kFloat32 && args.dtype != DType::kFloat32;
+  params.float_params = args.param_dtype == DType::kFloat32 && args.dtype != DType::kFloat32;
   return params;
 }
 
-template <class Norm, class T, class P, int V>
+template <class Norm, class T, int V>
 void launch_backward(RowBackwardParams<Accumulate<T>> params, void* stream) {
   const RowMapping& m = params.mapping;
   const bool split = m.tier == RowTier::kSplit;
@@ -73,7 +74,7 @@ void launch_backward(RowBackwardParams<Accumulate<T>> params, void* stream) {
   shape.smem = backward_shared_bytes(params.tree, m, sizeof(Accumulate<T>));
   shape.cluster = split ? 1 : m.blocks_per_row;
   shape.dependent = dependent_launch();
-  const auto kernel = row_backward_kernel<Norm, T, P, V>;
+  const auto kernel = row_backward_kernel<Norm, T, V>;
   if (split && params.args.grad_input != nullptr) {
     params.phase = BackwardPhase::kSums;
     launch(kernel, shape, stream, params);
@@ -82,35 +83,22 @@ void launch_backward(RowBackwardParams<Accumulate<T>> params, void* stream) {
   launch(kernel, shape, stream, params);
 }
 
-template <class Norm, class T, class P, int V>
-void launch_backward_vector(const RowBackwardParams<Accumulate<T>>& params, void* stream) {
-  if (params.tree.vector != V) {
-    if constexpr (V > 1) launch_backward_vector<Norm, T, P, V / 2>(params, stream);
-    return;
-  }
-  launch_backward<Norm, T, P, V>(params, stream);
-}
-
 template <class Norm>
 void row_backward(const RowBackwardArgs& args, void* workspace, int device, void* stream) {
   if (args.cols == 0) return;
   visit(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Accumulate<T>;
-    constexpr int kWidest = 16 / static_cast<int>(sizeof(T));
-    const bool float_params = sizeof(T) == 2 && args.param_dtype == DType::kFloat32;
     const auto params = row_backward_params<A>(args, row_backward_plan(args, device), workspace);
     if (args.rows > 0) {
-      if constexpr (sizeof(T) == 2) {
-        if (float_params) launch_backward_vector<Norm, T, float, kWidest>(params, stream);
-      }
-      if (!float_params) launch_backward_vector<Norm, T, T, kWidest>(params, stream);
+      visit_row_vector<T>(params.tree.vector,
+                          [&](auto vector) { launch_backward<Norm, T, decltype(vector)::value>(params, stream); });
     }
     if (args.grad_weight == nullptr && args.grad_bias == nullptr) return;
     const ParamGradParams<A> grads{
         {params.weight_partial, params.bias_partial}, {args.grad_weight, args.grad_bias}, params.runs, args.cols};
     if constexpr (sizeof(T) == 2) {
-      if (float_params) return launch_param_grad<float>(grads, stream);
+      if (params.float_params) return launch_param_grad<float>(grads, stream);
     }
     launch_param_grad<T>(grads, stream);
   });

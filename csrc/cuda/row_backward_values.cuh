@@ -24,7 +24,8 @@ struct RowBackwardParams {
   A* weight_partial;  // [runs][cols] or null
   A* bias_partial;    // [runs][cols] or null
   bool input_aligned, grad_output_aligned, grad_residual_aligned, grad_input_aligned, weight_aligned;
-  bool float_grad;  // grad_output is float32 while T is a 16-bit type
+  bool float_grad;    // grad_output is float32 while T is a 16-bit type
+  bool float_params;  // likewise the weight
 };
 
 // x and dy of one segment of one row, as they are stored. The gradient of a 16-bit RMSNorm may be float32 (llama rounding with
@@ -60,10 +61,9 @@ struct BackwardSegment {
   }
 };
 
-// The weight a lane needs, offset included.
 template <class Norm, class P, int V, int kSlots, class A>
-__device__ __forceinline__ void load_weight(const RowBackwardParams<A>& params, const LaneColumns<V>& columns,
-                                            A (&weight)[kSlots][V]) {
+__device__ __forceinline__ void load_weight_as(const RowBackwardParams<A>& params, const LaneColumns<V>& columns,
+                                               A (&weight)[kSlots][V]) {
   Tile<P, V, kSlots> tile;
   tile.load_or(static_cast<const P*>(params.args.weight), columns, params.weight_aligned, 1.0f);
 #pragma unroll
@@ -74,6 +74,17 @@ __device__ __forceinline__ void load_weight(const RowBackwardParams<A>& params, 
       forget_derived(weight[s][i]);  // else it is unpacked and added again for every row
     }
   }
+}
+
+// The weight a lane needs, offset included. It is kept as A for all rows, so that its type costs a branch of each block and no
+// kernels of their own.
+template <class Norm, class T, int V, int kSlots, class A>
+__device__ __forceinline__ void load_weight(const RowBackwardParams<A>& params, const LaneColumns<V>& columns,
+                                            A (&weight)[kSlots][V]) {
+  if constexpr (sizeof(T) == 2) {
+    if (params.float_params) return load_weight_as<Norm, float>(params, columns, weight);
+  }
+  load_weight_as<Norm, T>(params, columns, weight);
 }
 
 template <class Norm, class A>

@@ -102,19 +102,14 @@ void launch_with_param_type(const RowForwardParams<Accumulate<T>>& params, void*
              [&](auto residual) { launch_slots<Norm, T, P, V, decltype(residual)::value>(params, stream); });
 }
 
-// Single columns have no parameters loaded early, so either type of them will do.
+// Only kernels with the widest accesses load parameters early, and are compiled for each type of them.
 template <class Norm, class T, int V>
 void launch_vector(const RowForwardParams<Accumulate<T>>& params, void* stream) {
-  if (params.tree.vector != V) {
-    if constexpr (V > 1) launch_vector<Norm, T, V / 2>(params, stream);
-    return;
-  }
-  if constexpr (V == 1) {
+  if constexpr (V * sizeof(T) < 16 || sizeof(T) > 2) {
     launch_with_param_type<Norm, T, EitherParam<T>, V>(params, stream);
+  } else if (params.float_params) {
+    launch_with_param_type<Norm, T, float, V>(params, stream);
   } else {
-    if constexpr (sizeof(T) == 2) {
-      if (params.float_params) return launch_with_param_type<Norm, T, float, V>(params, stream);
-    }
     launch_with_param_type<Norm, T, T, V>(params, stream);
   }
 }
@@ -125,8 +120,8 @@ void row_forward(const RowForwardArgs& args, void* workspace, int device, void* 
   const RowForwardPlan plan = row_forward_plan(args, device);
   visit(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    constexpr int kWidest = 16 / static_cast<int>(sizeof(T));
-    launch_vector<Norm, T, kWidest>(row_forward_params<Accumulate<T>>(args, plan, workspace), stream);
+    const auto params = row_forward_params<Accumulate<T>>(args, plan, workspace);
+    visit_row_vector<T>(plan.tree.vector, [&](auto vector) { launch_vector<Norm, T, decltype(vector)::value>(params, stream); });
   });
 }
 

@@ -38,6 +38,15 @@ void visit_bool(bool value, F&& f) {
   }
 }
 
+// f(std::integral_constant<int, V>) for V = vector, a power of two of which 16 bytes hold as many elements at least.
+template <class T, int V = 16 / static_cast<int>(sizeof(T)), class F>
+void visit_row_vector(int vector, F&& f) {
+  if constexpr (V > 1) {
+    if (vector != V) return visit_row_vector<T, V / 2>(vector, f);
+  }
+  f(std::integral_constant<int, V>{});
+}
+
 inline bool is_aligned(const void* p, std::size_t bytes) { return reinterpret_cast<std::uintptr_t>(p) % bytes == 0; }
 
 // Whether every row starts at a multiple of `bytes`.
