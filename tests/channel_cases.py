@@ -333,6 +333,10 @@ def _accuracy():
                 yield from _short_planes(at)
             if op == "group_norm" and layout == "contiguous":
                 yield from _short_groups(at)
+            if op != "instance_norm":
+                for dtype in (torch.float32, torch.float64):
+                    yield at(256, 16, (4, 3), 1, data="lead", dtype=dtype)
+                yield at(1, 256, (32, 32), 1, data="lead")
             for dtype, params in MIXES[1:]:
                 for shape in (small, odd, wide):
                     yield at(*shape, dtype=dtype, param_dtype=params)

@@ -53,12 +53,23 @@ MUTANTS = (
     ),
     Mutant("low part of the mean dropped", FORWARD, "= stats.lo;", "= A(0);", "emulated", (*ACCURACY, "-k", "mean")),
     Mutant("eps dropped", SUMS, "return s.sum_x2; }), cols, eps);", "return s.sum_x2; }), cols, A(0));", "emulated", ACCURACY),
-    Mutant("eps outside the root", SUMS, "merged, m2, cols, eps);", "merged, m2, cols, eps * eps);", "emulated", ACCURACY),
+    *(
+        Mutant(
+            f"error of a merged mean left, {name}",
+            "csrc/norms/stats.h",
+            "finite ? centre.lo + rest : centre.lo",
+            "centre.lo",
+            name,
+            (*ACCURACY, "tests/test_channel_accuracy.py", "-k", "lead"),
+        )
+        for name in ("emulated", "avx2")
+    ),
+    Mutant("eps outside the root", SUMS, "rest, m2, cols, eps);", "rest, m2, cols, eps * eps);", "emulated", ACCURACY),
     Mutant(
         "unbiased variance",
         SUMS,
-        "merged, m2, cols, eps);",
-        "merged, m2 * (cols / (cols - A(1))), cols, eps);",
+        "rest, m2, cols, eps);",
+        "rest, m2 * (cols / (cols - A(1))), cols, eps);",
         "emulated",
         ACCURACY,
     ),
