@@ -64,6 +64,7 @@ MUTANTS = (
         )
         for name in ("emulated", "avx2")
     ),
+    Mutant("eps outside the root, one segment", SUMS, "ts.m2, cols, eps);", "ts.m2, cols, eps * eps);", "emulated", ACCURACY),
     Mutant("eps outside the root", SUMS, "rest, m2, cols, eps);", "rest, m2, cols, eps * eps);", "emulated", ACCURACY),
     Mutant(
         "unbiased variance",

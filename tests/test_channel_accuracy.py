@@ -2,9 +2,10 @@
 
 import channel_cases as cases
 import channel_oracle as oracle
+import numpy as np
 import pytest
 import torch
-from oracle import FUSED_MULTIPLY_ADD, wide
+from oracle import FUSED_MULTIPLY_ADD, unit, wide
 from test_accuracy import record
 
 
@@ -70,3 +71,25 @@ def test_running_statistics_at_any_momentum(op, momentum, backend):
         assert max(oracle.running_errors(case, t, after).values()) <= oracle.LIMIT
         if momentum == 0:
             cases.assert_same(after.buffers(), t.buffers())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=cases.short)
+@pytest.mark.parametrize("counts", [(64, 65472), (1, 65536), (65472, 64), (16, 0, 8192, 3), (300,) * 8], ids=str)
+def test_ranks_unlike_each_other(counts, dtype, backend):
+    """Statistics that SyncBatchNorm merges: the values of the first rank lie far from all others, and they may be few."""
+    channels, eps = 5, 1e-5
+    shards = [1e-3 * torch.randn(n, channels, 1, dtype=dtype) + (7777.7 if rank == 0 else 0) for rank, n in enumerate(counts)]
+    rows = []
+    for shard in shards:
+        moments = torch.ops.normext.batch_norm_moments(shard.to(backend.device)).flatten()
+        count = torch.tensor([len(shard)], device=moments.device).view(dtype)
+        rows.append(torch.cat((moments, count)))
+    found, _ = torch.ops.normext.batch_norm_merge(torch.stack(rows), eps)
+    hi, lo, rstd, unbiased = wide(found)
+    x = wide(torch.cat(shards))[:, :, 0]
+    centred = x - x.mean(0)
+    variance = (centred * centred).mean(0)
+    expected = 1 / np.sqrt(variance + eps)
+    assert np.abs((x - hi - lo - centred) * expected).max() <= 2 * unit(dtype)
+    assert np.abs(rstd / expected - 1).max() <= 2 * unit(dtype)
+    assert np.abs(unbiased / variance * (1 - 1 / len(x)) - 1).max() <= 4 * unit(dtype)

@@ -31,7 +31,7 @@ struct Math<float> {
   using Scalar = float;
   static constexpr bool kDouble = false;
   NORMEXT_INLINE static float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
-  NORMEXT_INLINE static float fma_once(float a, float b, float c) { return ::fmaf(a, b, c); }
+  NORMEXT_INLINE static float exact_product_fma(float a, float b, float c) { return ::fmaf(a, b, c); }
   NORMEXT_INLINE static float reciprocal(float a) { return reciprocal_of_normal(a); }  // between 2^-125 and 2^126
   NORMEXT_INLINE static float sqrt(float a) { return ::sqrtf(a); }
   NORMEXT_INLINE static std::uint32_t to_bits(float a) { return float_to_bits(a); }
@@ -46,7 +46,7 @@ struct Math<double> {
   NORMEXT_INLINE static double reciprocal(double a) { return 1.0 / a; }
   NORMEXT_INLINE static double erfc(double a) { return ::erfc(a); }
   NORMEXT_INLINE static double fma(double a, double b, double c) { return ::fma(a, b, c); }
-  NORMEXT_INLINE static double fma_once(double a, double b, double c) { return ::fma(a, b, c); }
+  NORMEXT_INLINE static double exact_product_fma(double a, double b, double c) { return ::fma(a, b, c); }
   NORMEXT_INLINE static double sqrt(double a) { return ::sqrt(a); }
 };
 
@@ -55,10 +55,10 @@ NORMEXT_INLINE V fma(V a, V b, V c) {
   return Math<V>::fma(a, b, c);
 }
 
-// The same where the sum may cancel: one rounding also for instruction sets whose fma() has two.
+// The same where the sum may cancel: in float32 the product is exact for instruction sets whose fma() rounds it, too.
 template <class V>
-NORMEXT_INLINE V fma_once(V a, V b, V c) {
-  return Math<V>::fma_once(a, b, c);
+NORMEXT_INLINE V exact_product_fma(V a, V b, V c) {
+  return Math<V>::exact_product_fma(a, b, c);
 }
 
 // 1/sqrt(x) to about half an ulp: two correctly rounded operations, then a Newton step whose residual h = 1 - x*r*r is formed
@@ -67,7 +67,7 @@ template <class V>
 NORMEXT_INLINE V reciprocal_sqrt(V x) {
   const V r = 1.0f / Math<V>::sqrt(x);
   const V t = x * r;
-  const V h = fma_once<V>(-t, r, V{} + 1.0f) - fma_once<V>(x, r, -t) * r;
+  const V h = exact_product_fma<V>(-t, r, V{} + 1.0f) - exact_product_fma<V>(x, r, -t) * r;
   // x of zero or infinity leaves nothing to refine.
   return h - h == V{} ? fma<V>(0.5f * r, h, r) : r;
 }

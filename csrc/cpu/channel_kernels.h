@@ -17,7 +17,7 @@ constexpr std::int64_t kLeastShortImages = 4;
 constexpr std::int64_t kLeastShortChannels = 32;
 constexpr std::int64_t kMostShortGroup = 32768;
 
-constexpr int kForwardRows = 4;           // arrays over the channels of an image in the rows of a forward on channels-last
+constexpr int kForwardRows = 4;           // arrays over channels in ChannelPlan::rows of an image of a forward on channels-last
 constexpr std::int64_t kColumnStep = 32;  // channels: a whole number of units of every instruction set
 
 // How a call is divided. All that shapes a sum (piece, pieces, images) follows from the shape, the dtype and the instruction set;

@@ -5,8 +5,9 @@
 // sets of L1), and eight rows at a time so that the accumulators, which are in L1, cost little. Batch norm is one image with groups
 // of one channel. The output takes a few rows at a time, for which the channels' scalars are loaded once. It is written in the
 // input's layout or, for instance norm, as planes.
-// plan.partial: moments [3, batch * pieces, padded]; plan.rows: [batch, 4, padded], hi, lo and rstd of each channel; plan.params:
-// [2, padded], weight and bias. rows and params are in the order of T (vector.h); where threads share one image each has its own.
+// plan.partial: moments [3, batch * pieces, padded]; plan.rows: [batch, 4, padded], hi, lo and rstd of each channel, and of one
+// merge_groups(); plan.params: [2, padded], weight and bias. rows and params are in the order of T (vector.h); where threads share
+// one image each has its own.
 #pragma once
 
 #include "cpu/channel_scalars.inl"
@@ -184,7 +185,9 @@ struct LastForward {
   const std::int64_t channels = shape.channels;
   const Columns all = {0, channels};
 
-  NORMEXT_INLINE A* rows_of(std::int64_t image) const { return static_cast<A*>(plan.rows) + image * cpu::kForwardRows * plan.padded; }
+  NORMEXT_INLINE A* rows_of(std::int64_t image) const {
+    return static_cast<A*>(plan.rows) + image * cpu::kForwardRows * plan.padded;
+  }
 
   NORMEXT_INLINE Segments<A> segments(std::int64_t image) const {
     return {static_cast<const A*>(plan.partial) + image * plan.pieces * plan.padded,
@@ -207,8 +210,8 @@ struct LastForward {
     }
   }
 
-  // Groups [begin, end) of several channels. The image's place in plan.rows holds what a merge needs per channel: sums of the channel
-  // or its share of the offsets, the centre of its group, and its share of M2.
+  // Groups [begin, end) of several channels. The image's place in plan.rows holds what a merge needs per channel: sums of the
+  // channel or its share of the offsets, the centre of its group, and its share of M2.
   __attribute__((noinline)) void merge_groups(std::int64_t image, std::int64_t begin, std::int64_t end) const {
     const std::int64_t group = shape.group_channels();
     const Segments<A> found = segments(image);

@@ -77,43 +77,29 @@ template <class V>
 NORMEXT_INLINE V fma_lanes(V a, V b, V c) {
   return a * b + c;
 }
-NORMEXT_INLINE Vector<float> sqrt_lanes(Vector<float> a) {
-  for (int i = 0; i < kLanes<float>; ++i) a[i] = __builtin_sqrtf(a[i]);
-  return a;
-}
-NORMEXT_INLINE Vector<double> sqrt_lanes(Vector<double> a) {
-  for (int i = 0; i < kLanes<double>; ++i) a[i] = __builtin_sqrt(a[i]);
+template <class V>
+NORMEXT_INLINE V sqrt_lanes(V a) {
+  for (std::size_t i = 0; i < sizeof(V) / sizeof(a[0]); ++i) a[i] = Math<std::decay_t<decltype(a[0])>>::sqrt(a[i]);
   return a;
 }
 #endif
 
-#if NORMEXT_VECTOR_BYTES < 64
 template <class V>
 NORMEXT_INLINE V reciprocal_lanes(V a) {
   return 1.0f / a;
 }
-#endif
-
-#if NORMEXT_HAS_FMA
-template <class V>
-NORMEXT_INLINE V fma_once_lanes(V a, V b, V c) {
-  return fma_lanes(a, b, c);
-}
-#else
-NORMEXT_INLINE Vector<float> fma_once_lanes(Vector<float> a, Vector<float> b, Vector<float> c) {  // the product is exact
-  for (int i = 0; i < kLanes<float>; ++i) a[i] = static_cast<float>(static_cast<double>(a[i]) * b[i] + c[i]);
-  return a;
-}
-NORMEXT_INLINE Vector<double> fma_once_lanes(Vector<double> a, Vector<double> b, Vector<double> c) {
-  for (int i = 0; i < kLanes<double>; ++i) a[i] = ::fma(a[i], b[i], c[i]);
-  return a;
-}
-#endif
 
 template <class V>
 struct VectorMath {
   NORMEXT_INLINE static V fma(V a, V b, V c) { return fma_lanes(a, b, c); }
-  NORMEXT_INLINE static V fma_once(V a, V b, V c) { return fma_once_lanes(a, b, c); }
+  NORMEXT_INLINE static V exact_product_fma(V a, V b, V c) {
+    if constexpr (NORMEXT_HAS_FMA == 0 && std::is_same_v<V, Floats>) {
+      for (int i = 0; i < kLanes<float>; ++i) a[i] = static_cast<float>(static_cast<double>(a[i]) * b[i] + c[i]);
+      return a;
+    } else {
+      return fma_lanes(a, b, c);
+    }
+  }
   NORMEXT_INLINE static V reciprocal(V a) { return reciprocal_lanes(a); }
   NORMEXT_INLINE static V sqrt(V a) { return sqrt_lanes(a); }
 };

@@ -1,6 +1,6 @@
-// Moments that know how many values they are of, and their merge: the segment moments and merge formulas of norms/stats.h, two at a
-// time, in an order that the shape fixes. What becomes of a slab's statistics, and where they come from in evaluation. Also arrays
-// of a type known at run time.
+// Moments that know how many values they are of, and their merge: that of norms/stats.h, two at a time, in an order that the shape
+// fixes. Where the larger of two is the pivot, U is less than the deviation of their values, and its error needs no third sum. What
+// becomes of a slab's statistics, and where they come from in evaluation. Also arrays of a type known at run time.
 #pragma once
 
 #include "core/channel_args.h"
@@ -20,7 +20,7 @@ struct Counted {
 template <class A>
 __device__ __forceinline__ Counted<A> merge(const Counted<A>& a, const Counted<A>& b) {
   const A n = a.n + b.n;
-  const A pivot = a.moments.mean;
+  const A pivot = a.n >= b.n ? a.moments.mean : b.moments.mean;
   const A merged = (a.n * relative_mean(a.moments, pivot) + b.n * relative_mean(b.moments, pivot)) / (n > A(0) ? n : A(1));
   const A da = relative_mean(a.moments, pivot) - merged, db = relative_mean(b.moments, pivot) - merged;
   const A m2 = fma(a.n * da, da, a.moments.m2) + fma(b.n * db, db, b.moments.m2);

@@ -20,8 +20,8 @@ constexpr int kMostSegments = 128;   // per slab, except that
 constexpr int kMostPieces = 2048;    // of kPiece in a segment: their results lie in shared memory
 constexpr int kTeamWarps = 8;        // per segment at most
 
-// Elements per access: 16 bytes, half of that where elements are of 2 bytes (planes of 14x14), else one, as always of float64. Every
-// other width would cost 15 kernels per dtype, for sizes that are even and no more.
+// Elements per access: 16 bytes, half of that where elements are of 2 bytes (planes of 14x14), else one, as always of float64.
+// Every other width would cost 15 kernels per dtype, for sizes that are even and no more.
 constexpr int widest_vector(int element_size) { return element_size < 8 ? 16 / element_size : 1; }
 constexpr int narrower_vector(int vector) { return vector == 8 ? 4 : 1; }
 inline int vector_of(std::int64_t n, int element_size) {

@@ -126,8 +126,8 @@ __device__ __forceinline__ typename Norm::template Row<A> merge_segments(const R
   if constexpr (Norm::kCentred) {
     if (single) return finish_centred(only.moments.mean, only.moments.correction, only.moments.m2, cols, eps);
     const A pivot = table[0];
-    const Centre<A> centre = centre_at(
-        pivot, sum([&](const Stats& s, A values) { return values * relative_mean(s.moments, pivot); }) / cols);
+    const Centre<A> centre =
+        centre_at(pivot, sum([&](const Stats& s, A values) { return values * relative_mean(s.moments, pivot); }) / cols);
     const A rest = sum([&](const Stats& s, A values) { return values * relative_mean(s.moments, centre); }) / cols;
     const A m2 = sum([&](const Stats& s, A values) { return centred_square(s.moments, values, centre); });
     return finish_centred(centre, rest, m2, cols, eps);

@@ -130,7 +130,7 @@ template <class Norm, class T, class P, int V, int kSlots, bool kEarly>
 struct Params {
   using Value = Columns<P, V>;
   static constexpr int kRegisters = (Norm::kCentred ? 2 : 1) * kSlots * V * sizeof(P) / 4 + kSlots * (V * sizeof(T) + 3) / 4;
-  static constexpr bool kHoist = kEarly && V > 1 && kRegisters <= (sizeof(T) < sizeof(P) && V < 8 ? 72 : 96);
+  static constexpr bool kHoist = kEarly && V > 1 && kRegisters <= 96;
   Tile<P, V, kHoist ? kSlots : 1> weight;
   Tile<P, V, kHoist ? kSlots : 1> bias;
 

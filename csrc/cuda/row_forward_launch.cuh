@@ -102,7 +102,7 @@ void launch_with_param_type(const RowForwardParams<Accumulate<T>>& params, void*
              [&](auto residual) { launch_slots<Norm, T, P, V, decltype(residual)::value>(params, stream); });
 }
 
-// Only kernels with the widest accesses load parameters early, and are compiled for each type of them.
+// Of 16-bit types, kernels with the widest accesses load parameters early, and are compiled for each type of these.
 template <class Norm, class T, int V>
 void launch_vector(const RowForwardParams<Accumulate<T>>& params, void* stream) {
   if constexpr (V * sizeof(T) < 16 || sizeof(T) > 2) {

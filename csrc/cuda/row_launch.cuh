@@ -38,7 +38,7 @@ void visit_bool(bool value, F&& f) {
   }
 }
 
-// f(std::integral_constant<int, V>) for V = vector, a power of two of which 16 bytes hold as many elements at least.
+// f(std::integral_constant<int, V>) for V = vector: a power of two, of at most 16 bytes of elements.
 template <class T, int V = 16 / static_cast<int>(sizeof(T)), class F>
 void visit_row_vector(int vector, F&& f) {
   if constexpr (V > 1) {

@@ -26,7 +26,7 @@ struct LayerNorm {
   // dx from g, its mean and the mean of g*xhat.
   template <class V, class A>
   NORMEXT_INLINE static V gradient(V g, V xhat, Row<A> row, A mean_g, A mean_gx) {
-    return fma_once<V>(-xhat, V{} + mean_gx, g - mean_g) * row.rstd;
+    return exact_product_fma<V>(-xhat, V{} + mean_gx, g - mean_g) * row.rstd;
   }
 };
 

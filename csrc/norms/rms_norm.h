@@ -28,7 +28,7 @@ struct RmsNorm {
   }
   template <class V, class A>
   NORMEXT_INLINE static V gradient(V g, V xhat, Row<A> row, A, A mean_gx) {
-    return fma_once<V>(-xhat, V{} + mean_gx, g) * row.rstd;
+    return exact_product_fma<V>(-xhat, V{} + mean_gx, g) * row.rstd;
   }
 };
 

@@ -3,7 +3,7 @@
 //   segment:  m = sum(x)/n or near;  d = x - m;  c = sum(d)/n;  q = sum(d*d) - n*c*c
 //   merge:    pivot = m_0;  U = sum(n_s * ((m_s - pivot) + c_s))/N;  hi = fl(pivot + U);  lo = U - (hi - pivot)
 //             w_s = ((m_s - hi) + c_s) - lo;  W = sum(n_s*w_s)/N;  M2 = sum(q_s + n_s*w_s^2)
-//             mean = hi + (lo + W);  rstd = 1/sqrt(M2/N + eps)
+//             mean = hi + (lo + W);  rstd = 1/sqrt(M2/N + eps)    (M2 is about hi + lo: N*W^2 too much, of no account)
 //
 // c removes the error of m, lo the rounding of hi, and W the error of U, so none grows with the mean (corrected two-pass of Chan,
 // Golub and LeVeque, 1983, per segment) nor with the distance of the first segment from the others, of up to sqrt(N/n_0) deviations
@@ -70,7 +70,7 @@ NORMEXT_INLINE Centre<A> centre_at(A pivot, A merged) {
   const A hi = pivot + merged;
   return {hi, merged - (hi - pivot)};
 }
-// w_s; 0 where there is one segment.
+// w_s.
 template <class A>
 NORMEXT_INLINE A relative_mean(Moments<A> s, Centre<A> centre) {
   return ((s.mean - centre.hi) + s.correction) - centre.lo;
@@ -88,13 +88,13 @@ struct CentredRow {
   A hi, lo, rstd;
 };
 
-// Of a single segment, whose moments these are.
+// From the moments of all values.
 template <class A>
 NORMEXT_INLINE CentredRow<A> finish_centred(A mean, A correction, A m2, A n, A eps) {
   const Centre<A> centre = centre_at(mean, correction);
   return {centre.hi, centre.lo, reciprocal_sqrt(m2 / n + eps)};
 }
-// Of all segments, where `rest` is W. It is left out if it overflowed: rstd is 0 then, and the row gives the bias.
+// From a merge, where `rest` is W. It is left out if it overflowed: rstd is 0 then, and the row gives the bias.
 template <class A>
 NORMEXT_INLINE CentredRow<A> finish_centred(Centre<A> centre, A rest, A m2, A n, A eps) {
   const auto finite = rest - rest == A{};
