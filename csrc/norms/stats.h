@@ -7,7 +7,7 @@
 //
 // c removes the error of m, lo the rounding of hi, and W the error of U, so none grows with the mean (corrected two-pass of Chan,
 // Golub and LeVeque, 1983, per segment) nor with the distance of the first segment from the others, of up to sqrt(N/n_0) deviations
-// [a batch of 1024 planes of 8x8 of which the first is unlike the rest: 24 of the contract's 4 without W, 1.5 with it]. Division by
+// [a batch of 1024 planes of 8x8 of which the first is unlike the rest: 24 of the contract's 4 without W, 2.5 with it]. Division by
 // n, never multiplication by 1/n: constant rows then give the bias exactly.
 #pragma once
 
