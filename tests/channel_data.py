@@ -22,13 +22,14 @@ def fill(case, batch, generator):
         return values.reshape(batch, case.channels, *[1] * len(case.spatial))
 
     x = torch.randn(shape, generator=generator, dtype=torch.float64) + case.mean
+    first = slice(1 if case.op == "batch_norm" else batch)  # images in which a slab begins
     if case.data == "two_valued":
         x = torch.where(x > case.mean, 0.1, -0.1).double() + case.mean
     elif case.data == "outlier":  # in the first element of every slab
-        x.view(batch, case.slab_groups, -1)[: 1 if case.op == "batch_norm" else batch, :, 0] = 1e4
+        x.view(batch, case.slab_groups, -1)[first, :, 0] = 1e4
     elif case.data == "lead":  # the first image, or the first channel of a group, is many deviations away from the rest
         x = 1e-3 * x
-        x.view(batch, case.slab_groups, -1, *case.spatial)[: 1 if case.op == "batch_norm" else batch, :, 0] += 7777.7
+        x.view(batch, case.slab_groups, -1, *case.spatial)[first, :, 0] += 7777.7
     elif case.data == "constant":
         x = of_slabs().expand(shape) * 100 + case.mean
     elif case.data == "tiny":
