@@ -13,7 +13,7 @@ ifeq ($(PYTHON),.venv/bin/python)
 ENVIRONMENT = .venv/environment
 endif
 
-.PHONY: help environment build develop demo test bench gpu-check mutants sanitize kernels kernel-table lint format neon torch-oldest
+.PHONY: help environment build develop demo test bench gpu-check mutants sanitize kernels kernel-table lint format neon neon-test torch-oldest
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -108,9 +108,15 @@ format: environment
 
 # All templates are instantiated; no machine code is made.
 neon:  ## the CPU kernels for aarch64, by a cross compiler (Debian and Ubuntu: g++-aarch64-linux-gnu)
-	for source in isa_neon isa_scalar isa channel_norm; do \
-	  aarch64-linux-gnu-g++ -std=c++17 -fsyntax-only -Wall -Wextra -Werror -Icsrc csrc/cpu/$$source.cpp || exit 1; \
-	done
+	printf '%s\n' isa_neon isa_scalar isa channel_norm | xargs -P "$$(nproc)" -I SOURCE \
+	  aarch64-linux-gnu-g++ -std=c++17 -fsyntax-only -Wall -Wextra -Werror -Icsrc csrc/cpu/SOURCE.cpp
+
+neon-test: environment  ## the C++ tests of the CPU kernels for aarch64 under QEMU (Debian and Ubuntu: qemu-user as well)
+	$(dir $(PYTHON))cmake -G Ninja -B build/neon -DCMAKE_MAKE_PROGRAM="$(realpath $(dir $(PYTHON)))/ninja" -DNORMEXT_TESTS=ON \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	  -DCMAKE_CROSSCOMPILING_EMULATOR="qemu-aarch64;-L;/usr/aarch64-linux-gnu"
+	$(dir $(PYTHON))cmake --build build/neon --target test_cpu_kernels
+	$(dir $(PYTHON))ctest --test-dir build/neon --output-on-failure -R test_cpu_kernels
 
 # What compiles against this torch's headers may not against those of torch 2.10, the oldest supported. Its aarch64 wheel is a
 # small CPU build, and headers are all that is needed.
@@ -119,7 +125,7 @@ torch-oldest: environment  ## csrc/ops against the headers of torch 2.10
 	test -d build/torch-2.10/torch || ($(PYTHON) -m pip download --quiet --no-deps --platform manylinux_2_28_aarch64 --python-version 3.11 \
 	  --only-binary=:all: --dest build/torch-2.10 torch==2.10.0 && cd build/torch-2.10 && unzip -q torch-*.whl 'torch/include/*' 'torch/version.py' \
 	  && rm torch-*.whl)
-	for source in $$(ls csrc/ops/*.cpp | grep -v module.cpp); do for cuda in 0 1; do \
+	ls csrc/ops/*.cpp | grep -v module.cpp | xargs -P "$$(nproc)" -I SOURCE sh -c 'for cuda in 0 1; do \
 	  c++ -std=c++17 -fsyntax-only -Wall -Wextra -DTORCH_TARGET_VERSION=0x020a000000000000 -DNORMEXT_WITH_CUDA=$$cuda -DNORMEXT_EMULATED=0 \
-	    -Icsrc -isystem build/torch-2.10/torch/include -isystem build/torch-2.10/torch/include/torch/csrc/api/include $$source || exit 1; \
-	done; done
+	    -Icsrc -isystem build/torch-2.10/torch/include -isystem build/torch-2.10/torch/include/torch/csrc/api/include SOURCE || exit 1; \
+	done'

@@ -58,7 +58,7 @@ __device__ __forceinline__ A group_mean(const GradSumsParams<A>& params, int whi
   const A sum = warp_pairwise<kMeansLevels, A>(slab < 0 ? 0 : params.runs * each, [&](std::int64_t e) {
     const std::int64_t run = e / each;
     const std::int64_t channel = first_channel + e - run * each;
-    const A weight = params.weight != nullptr ? load_any<A>(params.param_dtype, params.weight, channel) : A(1);
+    const A weight = load_any<A>(params.param_dtype, params.weight, channel, 1.0f);
     return weight * params.partials[params.place(which, image * params.runs + run, channel)];
   });
   return sum / static_cast<A>(each * shape.spatial);
@@ -69,7 +69,7 @@ __device__ __forceinline__ A channel_mean(const GradSumsParams<A>& params, int w
   const A sum =
       warp_pairwise<kMeansLevels, A>(params.runs, [&](std::int64_t e) { return params.partials[params.place(which, e, channel)]; });
   if (stores && params.grad[which] != nullptr && lane_id() == 0) store_any(params.param_dtype, params.grad[which], channel, sum);
-  const A weight = params.weight != nullptr ? load_any<A>(params.param_dtype, params.weight, channel) : A(1);
+  const A weight = load_any<A>(params.param_dtype, params.weight, channel, 1.0f);
   return weight * sum / static_cast<A>(params.shape.slab_size());
 }
 

@@ -10,12 +10,9 @@
 namespace normext::cuda {
 
 // f(std::integral_constant<int, V>) for V = vector, one that vector_of() returns.
-template <class T, int V = widest_vector(sizeof(T)), class F>
+template <class T, class F>
 void visit_vector(int vector, F&& f) {
-  if constexpr (V > 1) {
-    if (vector != V) return visit_vector<T, narrower_vector(V)>(vector, f);
-  }
-  f(std::integral_constant<int, V>{});
+  visit_widths<widest_vector(sizeof(T)), narrower_vector>(vector, f);
 }
 
 // Whether vectors of `vector` elements of `dtype` may be moved at once to or from each of the arrays; null ones do not matter.

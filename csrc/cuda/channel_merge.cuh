@@ -22,13 +22,12 @@ __device__ __forceinline__ Counted<A> merge(const Counted<A>& a, const Counted<A
   const A n = a.n + b.n;
   const A pivot = a.n >= b.n ? a.moments.mean : b.moments.mean;
   const A merged = (a.n * relative_mean(a.moments, pivot) + b.n * relative_mean(b.moments, pivot)) / (n > A(0) ? n : A(1));
-  const A da = relative_mean(a.moments, pivot) - merged, db = relative_mean(b.moments, pivot) - merged;
-  const A m2 = fma(a.n * da, da, a.moments.m2) + fma(b.n * db, db, b.moments.m2);
-  const A hi = pivot + merged;
+  const Centre<A> centre = centre_at(pivot, merged);
+  const A m2 = centred_square(a.moments, a.n, centre) + centred_square(b.moments, b.n, centre);
   // Moments of no values have no place for a pivot.
   if (b.n == A(0)) return a;
   if (a.n == A(0)) return b;
-  return {{hi, merged - (hi - pivot), m2}, n};
+  return {{centre.hi, centre.lo, m2}, n};
 }
 
 // Merges moments as they arrive; no accumulator takes more than 16 in sequence (the last one from 65536 on).
@@ -95,10 +94,12 @@ __device__ __forceinline__ Counted<A> merge_table(const A* table, std::int64_t e
   return merge_lanes(sequence.all());
 }
 
-// Element i of an array of a type known at run time: double if A is, one of the others if not.
+// Element i of an array of a type known at run time, double if A is, one of the others if not; `absent` where there is no array.
 template <class A>
-__device__ __forceinline__ A load_any(DType dtype, const void* p, std::int64_t i) {
-  if constexpr (sizeof(A) == 8) {
+__device__ __forceinline__ A load_any(DType dtype, const void* p, std::int64_t i, float absent) {
+  if (p == nullptr) {
+    return absent;
+  } else if constexpr (sizeof(A) == 8) {
     return static_cast<const double*>(p)[i];
   } else if (dtype == DType::kFloat16) {
     return to_accumulate(static_cast<const Half*>(p)[i]);
@@ -127,7 +128,7 @@ __device__ __forceinline__ void update_running_stats(const RunningUpdate& update
                                                      A unbiased) {
   const A rate = update.batches != nullptr ? A(1) / static_cast<A>(*update.batches) : momentum;
   const auto take = [&](void* running, A found) {
-    const A old = load_any<A>(update.dtype, running, channel);
+    const A old = load_any<A>(update.dtype, running, channel, 0.0f);
     store_any(update.dtype, running, channel, ChannelNorm::running<A>(old, found, rate));
   };
   take(update.mean, mean);

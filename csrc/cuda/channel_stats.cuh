@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kGradColumns* kGradSlices, 1) grad_sums_kernel
   if (params.means == nullptr || !params.shape.batch_norm()) return launch_dependents();
   const A n =
       params.count != nullptr ? static_cast<A>(*static_cast<const Count*>(params.count)) : static_cast<A>(params.shape.slab_size());
-  const A weight = params.weight != nullptr ? load_any<A>(params.param_dtype, params.weight, channel) : A(1);
+  const A weight = load_any<A>(params.param_dtype, params.weight, channel, 1.0f);
   launch_dependents();
   params.means[which * channels + channel] = weight * sum / n;
 }

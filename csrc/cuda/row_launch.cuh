@@ -38,13 +38,19 @@ void visit_bool(bool value, F&& f) {
   }
 }
 
-// f(std::integral_constant<int, V>) for V = vector: a power of two, of at most 16 bytes of elements.
-template <class T, int V = 16 / static_cast<int>(sizeof(T)), class F>
-void visit_row_vector(int vector, F&& f) {
-  if constexpr (V > 1) {
-    if (vector != V) return visit_row_vector<T, V / 2>(vector, f);
+// f(std::integral_constant<int, V>) for V = vector, which is kWidest, narrower(kWidest) or so on down to 1.
+template <int kWidest, int (*narrower)(int), class F>
+void visit_widths(int vector, F&& f) {
+  if constexpr (kWidest > 1) {
+    if (vector != kWidest) return visit_widths<narrower(kWidest), narrower>(vector, f);
   }
-  f(std::integral_constant<int, V>{});
+  f(std::integral_constant<int, kWidest>{});
+}
+// Of rows: powers of two, of at most 16 bytes of elements.
+constexpr int half_vector(int vector) { return vector / 2; }
+template <class T, class F>
+void visit_row_vector(int vector, F&& f) {
+  visit_widths<16 / static_cast<int>(sizeof(T)), half_vector>(vector, f);
 }
 
 inline bool is_aligned(const void* p, std::size_t bytes) { return reinterpret_cast<std::uintptr_t>(p) % bytes == 0; }
