@@ -13,7 +13,7 @@ ifeq ($(PYTHON),.venv/bin/python)
 ENVIRONMENT = .venv/environment
 endif
 
-.PHONY: help environment build develop demo test bench gpu-check mutants sanitize kernels kernel-table lint format neon neon-test torch-oldest
+.PHONY: help environment build develop demo test bench gpu-check mutants sanitize avx512-test kernels kernel-table lint format neon neon-test torch-oldest
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -72,8 +72,17 @@ sanitize: environment  ## emulated CUDA kernels, CPU kernels and C++ tests under
 	$(PYTHON) setup.py --quiet build --build-lib build/sanitize/python
 	ctest --test-dir build/sanitize --output-on-failure
 	$(GROUP) test
-	PYTHONPATH=build/sanitize/python ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	  $(PYTHON) -P -m pytest tests $(PYTEST_ARGS)
+	PYTHONSAFEPATH=1 PYTHONPATH=build/sanitize/python ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  $(PYTHON) -m pytest tests $(PYTEST_ARGS)
+
+avx512-test: export NORMEXT_BUILD_DIR = build/avx512
+avx512-test: export NORMEXT_CUDA = 0
+avx512-test: export NORMEXT_CPU_ISAS = avx512
+avx512-test: export NORMEXT_CMAKE_ARGS += -DNORMEXT_AVX512_ON_AVX2=ON
+avx512-test: environment  ## the suite on the AVX-512 kernels where the processor has AVX2 alone, slowly
+	$(PYTHON) setup.py --quiet build --build-lib build/avx512/python
+	$(GROUP) test
+	PYTHONSAFEPATH=1 PYTHONPATH=build/avx512/python $(PYTHON) -m pytest tests --backend avx512 $(PYTEST_ARGS)
 
 bench: build  ## every published figure, about 30 minutes on an idle machine
 	$(GROUP) bench

@@ -193,11 +193,11 @@ struct Packed<BFloat16> {
   static constexpr bool kEvenOdd = true;
   FloatBits data;
 #if NORMEXT_VECTOR_BYTES == 64
-  // avx512_bf16's conversion, by name and never ahead of the question whether the processor has it: the file is compiled without.
+  // By avx512_bf16's conversion, never ahead of the question whether the processor has it.
   NORMEXT_INLINE static FloatBits rounded_by_instruction(Pair<float> x) {
     typedef std::uint16_t Words __attribute__((vector_size(64)));
     Words words;  // those of x.a, then those of x.b
-    asm volatile("vcvtne2ps2bf16 %1, %2, %0" : "=v"(words) : "v"(x.a), "v"(x.b));
+    NORMEXT_CVTNE2PS2BF16(words, x.a, x.b);
     return reinterpret_cast<FloatBits>(__builtin_shufflevector(words, words, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
                                                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
   }
