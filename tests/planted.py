@@ -134,7 +134,7 @@ MUTANTS = (
     ),
     Mutant(
         "past the caches: the upper half of a unit is lost",
-        "csrc/cpu/vector.h",
+        "csrc/cpu/packed.h",
         "stream_bytes(p + kLanes<Accumulate<T>>, x.high);",
         "stream_bytes(p, x.high);",
         "avx2",
@@ -370,7 +370,7 @@ MUTANTS = (
     ),
     Mutant(
         "subnormal bfloat16 becomes zero",
-        "csrc/cpu/vector.h",
+        "csrc/cpu/packed.h",
         "_kortestz_mask16_u8(a, b)",
         "_kortestz_mask16_u8(b, b)",
         "avx512_bf16",

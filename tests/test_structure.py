@@ -21,7 +21,7 @@ CONFINED = {
     r"#\s*include\s*[<\"](torch|ATen|c10)/": ("ops/",),
     r"__CUDACC__|__NVCC__": ("core/portable.h",),
     r"__CUDA_ARCH__": ("cuda/intrinsics.cuh", "core/portable.h"),
-    r"\basm\b": ("cuda/intrinsics.cuh", "cpu/vector.h", "core/portable.h"),
+    r"\basm\b": ("cuda/intrinsics.cuh", "cpu/packed.h", "core/portable.h"),
     r"<<<|cudaLaunch\w+": ("cuda/launch.cuh",),
     r"\b__shfl|\b__syncwarp|\b__syncthreads|\b__ldg|\bcp\.async": ("cuda/intrinsics.cuh",),
     r"vector_size\s*\(|__m(128|256|512)|_mm\d*_": ("cpu/",),

@@ -164,6 +164,8 @@ class Controller:
             worker.running, worker.started = message["nodeid"], time.monotonic()
         else:
             report = self.config.hook.pytest_report_from_serializable(config=self.config, data=message["report"])
+            if isinstance(report.longrepr, list):  # where and why a test was skipped: a tuple, until it went through JSON
+                report.longrepr = tuple(report.longrepr)
             self.publish(worker, report, kind)
 
     def publish(self, worker, report, kind="test"):

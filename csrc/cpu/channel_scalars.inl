@@ -1,5 +1,5 @@
 // The scalars of the channels, as the channels-last kernels read them: statistics of each channel (plan.rows), weight and bias
-// (plan.params), in the order of T (vector.h).
+// (plan.params), in the order of T (packed.h).
 #pragma once
 
 #include "cpu/channel_sums.inl"

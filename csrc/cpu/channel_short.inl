@@ -31,7 +31,7 @@ struct ShortColumns {
   alignas(NORMEXT_VECTOR_BYTES) A of[kShortColumns<A>];
 };
 
-// Of columns that have all of it each, in the order of T (vector.h): the scalars come in this order.
+// Of columns that have all of it each, in the order of T (packed.h): the scalars come in this order.
 enum ColumnScalar { kOfHi, kOfLo, kOfRstd, kOfWeight, kOfBias, kAffineScalars };
 template <class T, bool kHasBias>
 NORMEXT_INLINE UnitAffine<Accumulate<T>> affine_of_columns(const ShortColumns<Accumulate<T>>* scalars, std::int64_t column) {
@@ -76,7 +76,7 @@ struct ShortBlock {
       for (std::int64_t s = 0; s < shape.spatial; ++s) p[s] = x;
     }
   }
-  // The same in the order of T (vector.h), for units from `column` 0 on.
+  // The same in the order of T (packed.h), for units from `column` 0 on.
   template <class Value>
   NORMEXT_INLINE void spread_in_order(ShortColumns<A>& out, Value value) const {
     spread(out, value);

@@ -6,7 +6,7 @@
 // of one channel. The output takes a few rows at a time, for which the channels' scalars are loaded once. It is written in the
 // input's layout or, for instance norm, as planes.
 // plan.partial: moments [3, batch * pieces, padded]; plan.rows: [batch, 4, padded], hi, lo and rstd of each channel, and of one
-// merge_groups(); plan.params: [2, padded], weight and bias. rows and params are in the order of T (vector.h); where threads share
+// merge_groups(); plan.params: [2, padded], weight and bias. rows and params are in the order of T (packed.h); where threads share
 // one image each has its own.
 #pragma once
 

@@ -5,7 +5,7 @@
 // fixed statistics they are formed in the first pass.
 // plan.partial: sums [2, batch * pieces, padded]; plan.merged: the same of whole images; plan.rows: [batch, 5, padded], hi, lo,
 // rstd and the means of g and g*xhat of each channel; plan.params: [4, padded], weight, bias, sums over all images. rows, weight
-// and bias are in the order of T (vector.h).
+// and bias are in the order of T (packed.h).
 #pragma once
 
 #include "cpu/channels_last.inl"

@@ -7,11 +7,6 @@
 #define NORMEXT_VECTOR_BYTES 64
 #define NORMEXT_HAS_FMA 1
 
-// avx512_bf16's conversion, by name, since this file is compiled without it. The tests have one for processors with AVX2 alone.
-#ifndef NORMEXT_CVTNE2PS2BF16
-#define NORMEXT_CVTNE2PS2BF16(words, low, high) asm volatile("vcvtne2ps2bf16 %1, %2, %0" : "=v"(words) : "v"(low), "v"(high))
-#endif
-
 #include "cpu/isa_kernels.inl"
 
 #endif

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "cpu/vector.h"
+#include "cpu/packed.h"
 
 namespace normext {
 inline namespace NORMEXT_ISA {

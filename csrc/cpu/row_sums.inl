@@ -7,7 +7,7 @@
 
 #include "core/portable.h"
 #include "cpu/row_kernels.h"
-#include "cpu/vector.h"
+#include "cpu/packed.h"
 #include "norms/stats.h"
 
 namespace normext {

@@ -1,9 +1,11 @@
 // The intrinsics of AVX-512 that csrc/cpu uses, in terms of AVX2, so that its kernels run on processors without it: `make
-// avx512-test` includes this ahead of isa_avx512.cpp and isa.cpp. Left out is avx512_bf16, whose instruction vector.h has by name.
+// avx512-test` includes this ahead of isa_avx512.cpp and isa.cpp.
 //
 // Where the manual leaves a choice, this takes the worst one: an approximate reciprocal is off by all it may be, and masked
 // accesses touch no byte that they need not.
 #pragma once
+
+#define NORMEXT_AVX512_ON_AVX2 1
 
 #include <immintrin.h>
 
@@ -241,4 +243,3 @@ NORMEXT_LANES void narrow(W& words, __m512 low, __m512 high) {
 #define _mm512_storeu_si512 avx512_on_avx2::storeu
 #define _mm512_maskz_loadu_epi8 avx512_on_avx2::maskz_loadu
 #define _mm512_mask_storeu_epi8 avx512_on_avx2::mask_storeu
-#define NORMEXT_CVTNE2PS2BF16(words, low, high) avx512_on_avx2::narrow(words, low, high)
