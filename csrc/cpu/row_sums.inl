@@ -6,8 +6,8 @@
 #pragma once
 
 #include "core/portable.h"
-#include "cpu/row_kernels.h"
 #include "cpu/packed.h"
+#include "cpu/row_kernels.h"
 #include "norms/stats.h"
 
 namespace normext {
