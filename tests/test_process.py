@@ -204,8 +204,8 @@ def test_gil_is_released_or_not_but_never_deadlocks(backend):
 def test_skips_are_reported_with_their_reason():
     """By the controller, to which a worker's reports come as JSON."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("NORMEXT_TEST_")}
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--backend", "scalar", "test_channel_exact.py"]
-    select = ["-k", "two_values and instance_norm and contiguous"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--backend", "scalar"]
+    select = ["test_channel_exact.py", "-k", "two_values and instance_norm and contiguous"]
     run = subprocess.run([*command, *select], env=env, capture_output=True, text=True, timeout=280, cwd=HERE)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "no such slab" in run.stdout

@@ -114,6 +114,14 @@ def test_same_stem_everywhere():
         assert (ROOT / "normext" / f"{norm}.py").exists()
 
 
+def test_avx512_runs_on_avx2():
+    """`make avx512-test` has every intrinsic of AVX-512 that the kernels use."""
+    name = r"\b(?:_mm512|_kortest)\w+"
+    used = {found for path in NATIVE for found in re.findall(name, code_of(path))}
+    defined = set(re.findall(rf"#define ({name})", (ROOT / "tests" / "cpp" / "avx512_on_avx2.h").read_text()))
+    assert used and used == defined
+
+
 def test_no_stem_is_both_host_and_device_source():
     for folder in {path.parent for path in NATIVE}:
         assert not {p.stem for p in folder.glob("*.cpp")} & {p.stem for p in folder.glob("*.cu")}
