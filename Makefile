@@ -6,6 +6,9 @@ PYTHON ?= .venv/bin/python
 NORMEXT_TORCH_SPEC ?= torch==2.13.0
 OUT ?= out
 
+# For commands that run elsewhere, or look for the tools beside it.
+PYTHON_PATH = $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON))
+TOOLS = PATH="$(dir $(PYTHON_PATH)):$$PATH"
 GROUP = $(PYTHON) -m pip install --disable-pip-version-check --quiet --group
 FORMATTED = $(shell git ls-files 'csrc/*' 'tests/simt/*' 'tests/cpp/*' | grep -E '\.(h|cpp|cu|cuh|inl)$$')
 
@@ -15,7 +18,7 @@ endif
 
 .PHONY: help environment build develop demo test bench gpu-check mutants sanitize avx512-test kernels kernel-table lint format neon neon-test torch-oldest
 help:
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 # A torch that python3 can import is shared with .venv; numpy and the like come along.
 .venv/environment: pyproject.toml
@@ -70,10 +73,11 @@ sanitize: export NORMEXT_EMULATOR = 1
 sanitize: export NORMEXT_CMAKE_ARGS += -DNORMEXT_TESTS=ON -DNORMEXT_SANITIZE=address,undefined
 sanitize: environment  ## emulated CUDA kernels, CPU kernels and C++ tests under AddressSanitizer and UBSan
 	$(PYTHON) setup.py --quiet build --build-lib build/sanitize/python
-	ctest --test-dir build/sanitize --output-on-failure
+	$(TOOLS) ctest --test-dir build/sanitize --output-on-failure
 	$(GROUP) test
-	PYTHONSAFEPATH=1 PYTHONPATH=build/sanitize/python ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	  $(PYTHON) -m pytest tests $(PYTEST_ARGS)
+	cd build/sanitize/python && PYTHONPATH="$$PWD" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  $(PYTHON_PATH) -m pytest $(CURDIR)/tests $(PYTEST_ARGS)
 
 avx512-test: export NORMEXT_BUILD_DIR = build/avx512
 avx512-test: export NORMEXT_CUDA = 0
@@ -82,7 +86,7 @@ avx512-test: export NORMEXT_CMAKE_ARGS += -DNORMEXT_AVX512_ON_AVX2=ON
 avx512-test: environment  ## the suite on the AVX-512 kernels where the processor has AVX2 alone, slowly
 	$(PYTHON) setup.py --quiet build --build-lib build/avx512/python
 	$(GROUP) test
-	PYTHONSAFEPATH=1 PYTHONPATH=build/avx512/python $(PYTHON) -m pytest tests --backend avx512 $(PYTEST_ARGS)
+	cd build/avx512/python && PYTHONPATH="$$PWD" $(PYTHON_PATH) -m pytest $(CURDIR)/tests --backend avx512 $(PYTEST_ARGS)
 
 bench: build  ## every published figure, about 30 minutes on an idle machine
 	$(GROUP) bench
@@ -117,15 +121,14 @@ format: environment
 
 # All templates are instantiated; no machine code is made.
 neon:  ## the CPU kernels for aarch64, by a cross compiler (Debian and Ubuntu: g++-aarch64-linux-gnu)
-	printf '%s\n' isa_neon isa_scalar isa channel_norm | xargs -P "$$(nproc)" -I SOURCE \
+	printf '%s\n' isa_neon isa_scalar isa channel_norm | xargs -P "$${MAX_JOBS:-$$(nproc)}" -I SOURCE \
 	  aarch64-linux-gnu-g++ -std=c++17 -fsyntax-only -Wall -Wextra -Werror -Icsrc csrc/cpu/SOURCE.cpp
 
 neon-test: environment  ## the C++ tests of the CPU kernels for aarch64 under QEMU (Debian and Ubuntu: qemu-user as well)
-	$(dir $(PYTHON))cmake -G Ninja -B build/neon -DCMAKE_MAKE_PROGRAM="$(realpath $(dir $(PYTHON)))/ninja" -DNORMEXT_TESTS=ON \
-	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
-	  -DCMAKE_CROSSCOMPILING_EMULATOR="qemu-aarch64;-L;/usr/aarch64-linux-gnu"
-	$(dir $(PYTHON))cmake --build build/neon --target test_cpu_kernels
-	$(dir $(PYTHON))ctest --test-dir build/neon --output-on-failure -R test_cpu_kernels
+	$(TOOLS) cmake -G Ninja -B build/neon -DNORMEXT_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_CROSSCOMPILING_EMULATOR="qemu-aarch64;-L;/usr/aarch64-linux-gnu"
+	$(TOOLS) cmake --build build/neon --target test_cpu_kernels
+	$(TOOLS) ctest --test-dir build/neon --output-on-failure -R test_cpu_kernels
 
 # What compiles against this torch's headers may not against those of torch 2.10, the oldest supported. Its aarch64 wheel is a
 # small CPU build, and headers are all that is needed.
@@ -134,7 +137,7 @@ torch-oldest: environment  ## csrc/ops against the headers of torch 2.10
 	test -d build/torch-2.10/torch || ($(PYTHON) -m pip download --quiet --no-deps --platform manylinux_2_28_aarch64 --python-version 3.11 \
 	  --only-binary=:all: --dest build/torch-2.10 torch==2.10.0 && cd build/torch-2.10 && unzip -q torch-*.whl 'torch/include/*' 'torch/version.py' \
 	  && rm torch-*.whl)
-	ls csrc/ops/*.cpp | grep -v module.cpp | xargs -P "$$(nproc)" -I SOURCE sh -c 'for cuda in 0 1; do \
+	ls csrc/ops/*.cpp | grep -v module.cpp | xargs -P "$${MAX_JOBS:-$$(nproc)}" -I SOURCE sh -c 'for cuda in 0 1; do \
 	  c++ -std=c++17 -fsyntax-only -Wall -Wextra -DTORCH_TARGET_VERSION=0x020a000000000000 -DNORMEXT_WITH_CUDA=$$cuda -DNORMEXT_EMULATED=0 \
 	    -Icsrc -isystem build/torch-2.10/torch/include -isystem build/torch-2.10/torch/include/torch/csrc/api/include SOURCE || exit 1; \
 	done'

@@ -15,7 +15,8 @@ from test_exact import PATTERN, rounded
 
 import normext
 
-# Lost in the sum with any variance here, in quadruple precision too (long double on aarch64). torch refuses 0 in training.
+# Lost in the sum with any variance here, also where the oracle's long double is of quadruple precision (aarch64). torch refuses
+# 0 in training.
 NO_EPS = 1e-37
 # (batch, channels, spatial, groups). Powers of two: what is divided by the size of a slab stays exact, gradients included.
 SHAPES = (

@@ -1,7 +1,7 @@
 // SIMD vocabulary of one instruction set: vectors of float and double, their arithmetic, memory as bytes. Storage types: packed.h.
 //
 // Each isa_*.cpp first defines NORMEXT_ISA, NORMEXT_VECTOR_BYTES and NORMEXT_HAS_FMA. Arithmetic is written with GNU vector types;
-// intrinsics appear only for what they cannot express: fused multiply-add, square root, streaming stores.
+// intrinsics appear only for what they cannot express: fused multiply-add, square root, reciprocal, streaming stores.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,8 @@
 // The intrinsics of AVX-512 that csrc/cpu uses, in terms of AVX2, so that its kernels run on processors without it: `make
 // avx512-test` includes this ahead of isa_avx512.cpp and isa.cpp.
 //
-// Where the manual leaves a choice, this takes the worst one: an approximate reciprocal is off by all it may be, and masked
-// accesses touch no byte that they need not.
+// An approximate reciprocal is off by all it may be, masked accesses touch no byte that they need not, streaming stores trap where
+// they are not aligned. Not checked: the alignment of what the compiler moves by itself.
 #pragma once
 
 #define NORMEXT_AVX512_ON_AVX2 1
@@ -70,7 +70,7 @@ NORMEXT_LANES __m512d sqrt(__m512d a) {
   for (int h = 0; h < 2; ++h) r.half[h] = _mm256_sqrt_pd(x.half[h]);
   return r.all;
 }
-// Off by 0.999 of 2^-14, up or down as bits of the argument have it; zero, infinity and results that are subnormal are exact.
+// Off by 0.999 of 2^-14, up or down as the bits of the argument have it; zero, infinity and results that are subnormal are exact.
 NORMEXT_BYTES void approximate_reciprocals(float* lane) {
   for (int i = 0; i < 16; ++i) {
     const float exact = 1.0f / lane[i];
@@ -89,10 +89,11 @@ NORMEXT_LANES __m512 rcp14(__m512 a) {
   approximate_reciprocals(x.lane);
   return x.all;
 }
-NORMEXT_LANES __m512 set1(float a) { return reinterpret_cast<__m512>(Singles{} + a); }
+NORMEXT_LANES __m512 set1(float a) { return reinterpret_cast<__m512>(a - Singles{}); }
 NORMEXT_LANES __m512i set1(int a) { return reinterpret_cast<__m512i>(Words{} + static_cast<std::uint32_t>(a)); }
 NORMEXT_LANES void stream(__m512i* p, __m512i a) {
   const Bits x{a};
+  if (reinterpret_cast<std::uintptr_t>(p) % sizeof(*p) != 0) __builtin_trap();
   for (int h = 0; h < 2; ++h) _mm256_stream_si256(reinterpret_cast<__m256i*>(p) + h, x.half[h]);
 }
 
@@ -216,8 +217,8 @@ NORMEXT_LANES void narrow(W& words, __m512 low, __m512 high) {
 
 }  // namespace avx512_on_avx2
 
-// What isa.cpp asks the processor.
-#define __builtin_cpu_supports(name) 1
+// What isa.cpp asks the processor: it has every avx512*.
+#define __builtin_cpu_supports(name) (("" name)[3] == '5' || __builtin_cpu_supports(name))
 
 // Macros of immintrin.h are undefined first: those with an immediate operand are some where nothing is optimised.
 #undef _mm512_cmp_ps_mask
