@@ -9,6 +9,11 @@ OUT ?= out
 # For commands that run elsewhere, or look for the tools beside it.
 PYTHON_PATH = $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON))
 TOOLS = PATH="$(dir $(PYTHON_PATH)):$$PATH"
+# A build in a folder of its own, and the suite from there, so that every process that a test starts imports that build.
+APART = $(NORMEXT_BUILD_DIR)/python
+BUILD_APART = $(PYTHON) setup.py --quiet build --build-lib $(APART)
+FROM_APART = cd $(APART) && PYTHONPATH="$$PWD"
+SUITE = $(PYTHON_PATH) -m pytest $(CURDIR)/tests
 GROUP = $(PYTHON) -m pip install --disable-pip-version-check --quiet --group
 FORMATTED = $(shell git ls-files 'csrc/*' 'tests/simt/*' 'tests/cpp/*' | grep -E '\.(h|cpp|cu|cuh|inl)$$')
 
@@ -72,21 +77,21 @@ sanitize: export NORMEXT_CUDA = 0
 sanitize: export NORMEXT_EMULATOR = 1
 sanitize: export NORMEXT_CMAKE_ARGS += -DNORMEXT_TESTS=ON -DNORMEXT_SANITIZE=address,undefined
 sanitize: environment  ## emulated CUDA kernels, CPU kernels and C++ tests under AddressSanitizer and UBSan
-	$(PYTHON) setup.py --quiet build --build-lib build/sanitize/python
-	$(TOOLS) ctest --test-dir build/sanitize --output-on-failure
+	$(BUILD_APART)
+	$(TOOLS) ctest --test-dir $(NORMEXT_BUILD_DIR) --output-on-failure
 	$(GROUP) test
-	cd build/sanitize/python && PYTHONPATH="$$PWD" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	$(FROM_APART) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	  $(PYTHON_PATH) -m pytest $(CURDIR)/tests $(PYTEST_ARGS)
+	  $(SUITE) $(PYTEST_ARGS)
 
 avx512-test: export NORMEXT_BUILD_DIR = build/avx512
 avx512-test: export NORMEXT_CUDA = 0
 avx512-test: export NORMEXT_CPU_ISAS = avx512
 avx512-test: export NORMEXT_CMAKE_ARGS += -DNORMEXT_AVX512_ON_AVX2=ON
 avx512-test: environment  ## the suite on the AVX-512 kernels where the processor has AVX2 alone, slowly
-	$(PYTHON) setup.py --quiet build --build-lib build/avx512/python
+	$(BUILD_APART)
 	$(GROUP) test
-	cd build/avx512/python && PYTHONPATH="$$PWD" $(PYTHON_PATH) -m pytest $(CURDIR)/tests --backend avx512 $(PYTEST_ARGS)
+	$(FROM_APART) $(SUITE) --backend avx512 $(PYTEST_ARGS)
 
 bench: build  ## every published figure, about 30 minutes on an idle machine
 	$(GROUP) bench

@@ -36,39 +36,31 @@ union Bits {
 typedef std::uint32_t Words __attribute__((vector_size(64)));
 typedef float Singles __attribute__((vector_size(64)));
 
-NORMEXT_LANES __m512 fmadd(__m512 a, __m512 b, __m512 c) {
-  const Floats x{a}, y{b}, z{c};
-  Floats r;
-  for (int h = 0; h < 2; ++h) r.half[h] = _mm256_fmadd_ps(x.half[h], y.half[h], z.half[h]);
+// What op makes of each half.
+template <class Halves, class Op, class... All>
+NORMEXT_LANES auto by_halves(Op op, All... x) {
+  Halves r;
+  for (int h = 0; h < 2; ++h) r.half[h] = op(Halves{x}.half[h]...);
   return r.all;
+}
+NORMEXT_LANES __m512 fmadd(__m512 a, __m512 b, __m512 c) {
+  return by_halves<Floats>([](__m256 x, __m256 y, __m256 z) { return _mm256_fmadd_ps(x, y, z); }, a, b, c);
 }
 NORMEXT_LANES __m512 fnmadd(__m512 a, __m512 b, __m512 c) {
-  const Floats x{a}, y{b}, z{c};
-  Floats r;
-  for (int h = 0; h < 2; ++h) r.half[h] = _mm256_fnmadd_ps(x.half[h], y.half[h], z.half[h]);
-  return r.all;
+  return by_halves<Floats>([](__m256 x, __m256 y, __m256 z) { return _mm256_fnmadd_ps(x, y, z); }, a, b, c);
 }
 NORMEXT_LANES __m512d fmadd(__m512d a, __m512d b, __m512d c) {
-  const Doubles x{a}, y{b}, z{c};
-  Doubles r;
-  for (int h = 0; h < 2; ++h) r.half[h] = _mm256_fmadd_pd(x.half[h], y.half[h], z.half[h]);
-  return r.all;
+  return by_halves<Doubles>([](__m256d x, __m256d y, __m256d z) { return _mm256_fmadd_pd(x, y, z); }, a, b, c);
 }
 template <int kMask>
 NORMEXT_LANES __m512 sqrt(__m512 a) {
   static_assert(kMask == 0xffff);
-  const Floats x{a};
-  Floats r;
-  for (int h = 0; h < 2; ++h) r.half[h] = _mm256_sqrt_ps(x.half[h]);
-  return r.all;
+  return by_halves<Floats>([](__m256 x) { return _mm256_sqrt_ps(x); }, a);
 }
 template <int kMask>
 NORMEXT_LANES __m512d sqrt(__m512d a) {
   static_assert(kMask == 0xff);
-  const Doubles x{a};
-  Doubles r;
-  for (int h = 0; h < 2; ++h) r.half[h] = _mm256_sqrt_pd(x.half[h]);
-  return r.all;
+  return by_halves<Doubles>([](__m256d x) { return _mm256_sqrt_pd(x); }, a);
 }
 // Off by 0.999 of 2^-14, up or down as the bits of the argument have it; zero, infinity and results that are subnormal are exact.
 NORMEXT_BYTES void approximate_reciprocals(float* lane) {
