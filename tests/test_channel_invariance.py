@@ -1,5 +1,6 @@
 """An image's GroupNorm or InstanceNorm never depends on the batch, and nothing depends on threads, runs, addresses or strides."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -210,6 +211,19 @@ def test_thread_counts_of_the_other_batch_norms(layout, more, backend):
             for threads in (1, 3, 8) if not backend.runs_cuda_code else (1,):
                 torch.set_num_threads(threads)
                 cases.assert_same(cases.everything(case, t), expected, shape, threads)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_thread_counts_where_dz_is_kept(dtype, backend):
+    """With an activation that takes long, each thread keeps dz of a group of whole units, in 16 bits in room of its own."""
+    for shape in ((7, 40, (8, 8), 5), (5, 32, (16, 16), 8), (2, 6, (64, 64), 3)):
+        for op, layout in itertools.product(cases.OPS, cases.BOTH):
+            case = cases.ChannelCase(op, *shape, layout=layout, dtype=dtype, activation="silu")
+            t = cases.make(case, backend)
+            expected = cases.everything(case, t)
+            for threads in (1, 3, 8) if not backend.runs_cuda_code else (1,):
+                torch.set_num_threads(threads)
+                cases.assert_same(cases.everything(case, t), expected, case.id, threads)
 
 
 def test_twenty_runs(backend):

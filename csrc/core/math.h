@@ -12,6 +12,8 @@
 namespace normext {
 inline namespace NORMEXT_ISA {
 
+// What an operation of a value type is: fma, sqrt and so on; reciprocal(a) of a float between 2^-125 and 2^126; quotient(a, b), which
+// is a/b for b from 1 on, infinite or not, and a * 0 for a float b that is NaN; minimum and maximum, NaN where b is, while a is a number.
 template <class V>
 struct Math;
 
@@ -32,8 +34,12 @@ struct Math<float> {
   static constexpr bool kDouble = false;
   NORMEXT_INLINE static float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
   NORMEXT_INLINE static float exact_product_fma(float a, float b, float c) { return ::fmaf(a, b, c); }
-  NORMEXT_INLINE static float reciprocal(float a) { return reciprocal_of_normal(a); }  // between 2^-125 and 2^126
+  NORMEXT_INLINE static float reciprocal(float a) { return reciprocal_of_normal(a); }
+  NORMEXT_INLINE static float quotient(float a, float b) { return quotient_by_normal(a, b); }
   NORMEXT_INLINE static float sqrt(float a) { return ::sqrtf(a); }
+  NORMEXT_INLINE static float minimum(float a, float b) { return minimum_or_nan(a, b); }
+  NORMEXT_INLINE static float maximum(float a, float b) { return maximum_or_nan(a, b); }
+  NORMEXT_INLINE static float absolute(float a) { return ::fabsf(a); }
   NORMEXT_INLINE static std::uint32_t to_bits(float a) { return float_to_bits(a); }
   NORMEXT_INLINE static float from_bits(std::uint32_t bits) { return bits_to_float(bits); }
 };
@@ -44,6 +50,9 @@ struct Math<double> {
   static constexpr bool kDouble = true;
   NORMEXT_INLINE static double exp(double a) { return ::exp(a); }
   NORMEXT_INLINE static double reciprocal(double a) { return 1.0 / a; }
+  NORMEXT_INLINE static double quotient(double a, double b) { return a / b; }
+  NORMEXT_INLINE static double minimum(double a, double b) { return a < b ? a : b; }
+  NORMEXT_INLINE static double maximum(double a, double b) { return a > b ? a : b; }
   NORMEXT_INLINE static double erfc(double a) { return ::erfc(a); }
   NORMEXT_INLINE static double fma(double a, double b, double c) { return ::fma(a, b, c); }
   NORMEXT_INLINE static double exact_product_fma(double a, double b, double c) { return ::fma(a, b, c); }

@@ -31,6 +31,29 @@ NORMEXT_INLINE float reciprocal_of_normal(float a) {
 #endif
 }
 
+// a/b for b from 1 on; a * 0 for b of 2^126 and more, or NaN.
+NORMEXT_INLINE float quotient_by_normal(float a, float b) { return a * (b < 0x1p126f ? reciprocal_of_normal(b) : 0.0f); }
+
+// Of a number a and any b: NaN where b is.
+NORMEXT_INLINE float minimum_or_nan(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+#else
+  return a < b ? a : b;
+#endif
+}
+NORMEXT_INLINE float maximum_or_nan(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+#else
+  return a > b ? a : b;
+#endif
+}
+
 // Code that is compiled once per instruction set lives in `normext::<NORMEXT_ISA>`.
 // CPU translation units define it (scalar, avx2, avx512, neon); everything else is `generic`.
 #if !defined(NORMEXT_ISA)

@@ -3,14 +3,11 @@
 
 #include "core/dtypes.h"
 #include "cpu/channel_kernels.h"
+#include "cpu/channel_sums.inl"
 
 namespace normext {
 inline namespace NORMEXT_ISA {
 namespace {
-
-// Whether calls without an activation and a residual have kernels of their own: not on the baseline, which nobody runs for its
-// speed (0.4 MB less).
-constexpr bool kKnowsPlain = NORMEXT_HAS_FMA != 0;
 
 template <template <class, bool> class Planes, template <class, bool> class Last, class Args>
 NORMEXT_INLINE void channel_call(const Args& args, const cpu::ChannelPlan& plan, bool fused) {

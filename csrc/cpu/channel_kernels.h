@@ -37,6 +37,10 @@ struct ChannelPlan {
   // Channels-last: of a block; whole groups, and but for the last block a multiple of kColumnStep.
   std::int64_t columns = 0;
   bool fetch_output = false;  // the output, or dx, is fetched to L2 while sums are taken; planes only
+  // Backward: where the pass that sums leaves dz for the one that forms dx, or null. Like a tensor of the input's shape; in 16 bits
+  // room in the accumulate type for kept_values, one slab, of each thread.
+  void* kept = nullptr;
+  std::int64_t kept_values = 0;
   // Workspace, in the accumulate type. What each layout keeps there is said where it is used.
   void* partial = nullptr;
   void* merged = nullptr;

@@ -199,8 +199,27 @@ std::size_t forward_plan(const ChannelForwardArgs& args, void* workspace, Channe
                  {&plan.partial, &plan.rows, &plan.params});
 }
 
-std::size_t backward_plan(const ChannelBackwardArgs& args, void* workspace, ChannelPlan& plan) {
+// Whether, and where, dz is kept for the pass that forms dx, which then needs neither residual nor activation: where it is wanted
+// anyway, or if the activation takes long in place of dx; in 16 bits, where neither is exact, if a slab is handled whole. Units end
+// where planes do, so that none is written twice.
+void keep_dz(const ChannelBackwardArgs& args, ChannelPlan& plan) {
   const ChannelShape& shape = args.shape;
+  const bool two_passes = args.grad_input != nullptr && !args.fixed_stats && !args.given_sums && plan.images == 0;
+  if (!two_passes || args.activation == Activation::kNone || !kernels().fused_multiply_add) return;
+  const bool planes = shape.layout == ChannelLayout::kPlanes;
+  const bool slow = args.activation == Activation::kSilu || args.activation == Activation::kGelu;
+  const bool worth = slow && (!planes || shape.spatial % kMaxUnit == 0);
+  if (args.dtype == accumulate_dtype_of(args.dtype)) {
+    plan.kept = args.grad_residual != nullptr ? args.grad_residual : (worth ? args.grad_input : nullptr);
+  } else if (worth && planes && plan.resident && !shape.batch_norm() && args.grad_residual == nullptr) {
+    plan.kept_values = padded(shape.slab_size());
+  }
+}
+
+std::size_t backward_plan(const ChannelBackwardArgs& args, void* workspace, const Parallel& parallel, ChannelPlan& plan) {
+  const ChannelShape& shape = args.shape;
+  const bool plain = args.grad_input != nullptr && args.activation == Activation::kNone;
+  share(plan, parallel, shape, args.dtype, 3, 2, plain, false);
   std::int64_t columns, rows, params;
   plan.images = shape.batch_norm() ? short_images(shape, args.dtype, kMostShort) : short_images_of_groups(args);
   if (plan.images != 0) {
@@ -221,10 +240,14 @@ std::size_t backward_plan(const ChannelBackwardArgs& args, void* workspace, Chan
     rows = 5 * shape.batch * plan.padded;
     params = 4 * plan.padded;
   }
-  const std::size_t bytes = lay_out(workspace, accumulate_size_of(args.dtype),
-                                    {2 * columns * plan.pieces, plan.pieces == 1 ? 0 : 2 * columns, rows, params},
-                                    {&plan.partial, &plan.merged, &plan.rows, &plan.params});
+  keep_dz(args, plan);
+  void* of_threads = nullptr;
+  const std::size_t bytes =
+      lay_out(workspace, accumulate_size_of(args.dtype),
+              {2 * columns * plan.pieces, plan.pieces == 1 ? 0 : 2 * columns, rows, params, plan.parallel.threads * plan.kept_values},
+              {&plan.partial, &plan.merged, &plan.rows, &plan.params, &of_threads});
   if (plan.pieces == 1) plan.merged = plan.partial;
+  if (plan.kept_values != 0) plan.kept = of_threads;
   return bytes;
 }
 
@@ -305,20 +328,18 @@ void channel_forward(const ChannelForwardArgs& args, void* workspace, const Para
     update_running({accumulate_dtype_of(args.dtype), 1, args.shape.channels, args.stats, args.update});
 }
 
-std::size_t channel_backward_workspace(const ChannelBackwardArgs& args) {
+std::size_t channel_backward_workspace(const ChannelBackwardArgs& args, const Parallel& parallel) {
   ChannelBackwardArgs seen = args;
   seen.shape = seen_by_kernels(args.shape);
   ChannelPlan plan;
-  return backward_plan(seen, nullptr, plan);
+  return backward_plan(seen, nullptr, parallel, plan);
 }
 
 void channel_backward(const ChannelBackwardArgs& args, void* workspace, const Parallel& parallel) {
   ChannelBackwardArgs seen = args;
   seen.shape = seen_by_kernels(args.shape);
   ChannelPlan plan;
-  backward_plan(seen, workspace, plan);
-  const bool plain = args.grad_input != nullptr && args.activation == Activation::kNone;
-  share(plan, parallel, seen.shape, args.dtype, 3, 2, plain, false);
+  backward_plan(seen, workspace, parallel, plan);
   kernels().channel.backward(seen, plan);
 }
 

@@ -15,13 +15,15 @@ namespace normext {
 inline namespace NORMEXT_ISA {
 namespace {
 
-template <class T, bool kFused>
+// Dz: grad_output is dz that was kept, and begins with value kept_first.
+template <class T, bool kFused, class Dz = T>
 struct PlanesBackward {
   using A = Accumulate<T>;
   using V = Vector<A>;
 
   const ChannelBackwardArgs& args;
   const cpu::ChannelPlan& plan;
+  const std::int64_t kept_first = 0;
   const ChannelShape& shape = args.shape;
   const std::int64_t channels = shape.channels;
   // What has sums of its own: images and planes, or of short planes all that make a segment.
@@ -29,7 +31,7 @@ struct PlanesBackward {
   const std::int64_t planes = parts * shape.channels;
   const std::int64_t group = shape.group_channels();
   const T* const input = static_cast<const T*>(args.input);
-  const T* const grad_output = static_cast<const T*>(args.grad_output);
+  const Dz* const grad_output = static_cast<const Dz*>(args.grad_output);
   const T* const residual = static_cast<const T*>(args.residual);
   A* const plane_sums = static_cast<A*>(plan.merged);
   A* const means = static_cast<A*>(plan.rows);
@@ -42,6 +44,12 @@ struct PlanesBackward {
   // 8x64x112x112 bfloat16 1274 -> 1114]; what only sums read is left to the processor [up to a tenth more].
   const bool from_memory = comes_from_memory<T>(shape);
   const T* const dx_ahead = plan.fetch_output ? static_cast<const T*>(args.grad_input) : nullptr;
+
+  // Where dz is kept, or null; from value `first` on.
+  struct RoomForDz {
+    KeptDz<T>* dz = nullptr;
+    std::int64_t first = 0;
+  };
 
   NORMEXT_INLINE UnitAffine<A> affine_of_plane(const PlaneCursor& cursor) const {
     return affine_of_slab<A>(slab_of<T>(args, cursor.slab), both<A>(V{} + weight[cursor.channel]),
@@ -57,9 +65,10 @@ struct PlanesBackward {
     backward_units<T, kFused>(args.activation, extra, affine, xhat, dz, extent);
   }
 
-  // Sums of segments [begin, end), in the order of memory; with kValues their dx and dz, too, which need no sums then.
-  template <bool kValues>
-  __attribute__((noinline)) void sums(std::int64_t begin, std::int64_t end) const {
+  // Sums of segments [begin, end), in the order of memory; with kValues their dx and dz, too, which need no sums then; with kKeep
+  // their dz to `room`.
+  template <bool kValues, bool kKeep = false>
+  __attribute__((noinline)) void sums(std::int64_t begin, std::int64_t end, const RoomForDz& room = {}) const {
     A* partial = static_cast<A*>(plan.partial);
     const std::int64_t table = planes * plan.pieces;
     PlaneCursor cursor(shape, begin / plan.pieces);
@@ -89,6 +98,7 @@ struct PlanesBackward {
               if constexpr (kValues) {
                 store_gradients<T, true>(args, first + column, affine, dz[0], xhat[0], Pair<A>{}, Pair<A>{}, extent);
               }
+              if constexpr (kKeep) store<T>(room.dz + (first - room.first) + column, dz[0], extent);
               const Pair<A> x = keep<T>(xhat[0], extent);
               const Pair<A> g = kFused ? keep<T>(dz[0], extent) : dz[0];
               s.of[0] = s.of[0] + g;
@@ -108,7 +118,10 @@ struct PlanesBackward {
       begin += count;
     }
   }
-  void sums_of(std::int64_t begin, std::int64_t end) const {
+  void sums_of(std::int64_t begin, std::int64_t end, const RoomForDz& room) const {
+    if constexpr (kKeepsDz<T, kFused>) {
+      if (room.dz != nullptr) return sums<false, true>(begin, end, room);
+    }
     if (wants_values(args) && !second_pass) sums<true>(begin, end);
     else sums<false>(begin, end);
   }
@@ -154,7 +167,7 @@ struct PlanesBackward {
 #pragma GCC unroll 2
     for (int u = 0; u < kUnits; ++u) {
       extra[u] = at(residual, i + u * kUnit<A>);
-      dz[u] = load<T>(grad_output + i + u * kUnit<A>, extent);
+      dz[u] = load<T>(grad_output + (i - kept_first) + u * kUnit<A>, extent);
       if constexpr (kInput) xhat[u] = load<T>(input + i + u * kUnit<A>, extent);
     }
     if constexpr (kInput) {
@@ -188,7 +201,13 @@ struct PlanesBackward {
       begin = stop;
     }
   }
-  void values_of(std::int64_t begin, std::int64_t end) const {
+  void values_of(std::int64_t begin, std::int64_t end, const RoomForDz& room) const {
+    if constexpr (kKeepsDz<T, kFused>) {
+      if (room.dz != nullptr) {
+        const ChannelBackwardArgs rest = args_after_dz(args, room.dz);
+        return PlanesBackward<T, false, KeptDz<T>>{rest, plan, room.first}.template values<false>(begin, end);
+      }
+    }
     if (values_need_no_sums(args)) values<true>(begin, end);
     else values<false>(begin, end);
   }
@@ -200,16 +219,18 @@ struct PlanesBackward {
     for (std::int64_t image = 0; image < shape.batch; ++image) body(image * channels + begin, image * channels + end);
   }
 
-  // Everything for slabs [begin, end), a block at a time.
-  void resident_slabs(std::int64_t begin, std::int64_t end) const {
+  // Everything for slabs [begin, end), a block at a time, or each with its dz in the same room.
+  void resident_slabs(std::int64_t begin, std::int64_t end, KeptDz<T>* kept) const {
+    const bool one = plan.kept_values != 0;
     const std::int64_t slab_bytes = shape.slab_size() * 2 * static_cast<std::int64_t>(sizeof(T));
     const std::int64_t fit = kBlockBytes / slab_bytes;
-    const std::int64_t block = fit < 1 ? 1 : smaller(fit, kBlockColumns);
+    const std::int64_t block = one || fit < 1 ? 1 : smaller(fit, kBlockColumns);
     for (std::int64_t slab = begin; slab < end; slab += block) {
       const std::int64_t last = smaller(slab + block, end);
+      const RoomForDz room = {kept, one ? slab * shape.slab_size() : 0};
       if (wants_sums(args)) {
         for_planes(slab, last, [&](std::int64_t first, std::int64_t stop) {
-          sums_of(first * plan.pieces, stop * plan.pieces);
+          sums_of(first * plan.pieces, stop * plan.pieces, room);
           merge_planes(first, stop);
         });
         if (shape.batch_norm()) sum_images(slab, last);
@@ -217,13 +238,25 @@ struct PlanesBackward {
       if (wants_means(args)) slab_means(slab, last);
       if (!second_pass) continue;
       for_planes(slab, last,
-                 [&](std::int64_t first, std::int64_t stop) { values_of(first * shape.spatial, stop * shape.spatial); });
+                 [&](std::int64_t first, std::int64_t stop) { values_of(first * shape.spatial, stop * shape.spatial, room); });
     }
+  }
+  void resident() const {
+    KeptDz<T>* const kept = static_cast<KeptDz<T>*>(plan.kept);
+    const std::int64_t slabs = shape.slabs(), threads = plan.parallel.threads;
+    if (plan.kept_values == 0) {
+      return for_ranges(plan.parallel, slabs, [&](std::int64_t begin, std::int64_t end) { resident_slabs(begin, end, kept); });
+    }
+    for_ranges(plan.parallel, threads, [&](std::int64_t first, std::int64_t last) {
+      for (std::int64_t t = first; t < last; ++t)
+        resident_slabs(slabs * t / threads, slabs * (t + 1) / threads, kept + t * plan.kept_values);
+    });
   }
 
   void in_phases() const {
+    const RoomForDz room = {static_cast<KeptDz<T>*>(plan.kept), 0};
     if (wants_sums(args)) {
-      for_ranges(plan.parallel, planes * plan.pieces, [&](std::int64_t begin, std::int64_t end) { sums_of(begin, end); });
+      for_ranges(plan.parallel, planes * plan.pieces, [&](std::int64_t begin, std::int64_t end) { sums_of(begin, end, room); });
       merge_planes(0, planes);
       if (shape.batch_norm()) {
         for_columns(plan.parallel, channels, planes, [&](std::int64_t begin, std::int64_t end) { sum_images(begin, end); });
@@ -233,7 +266,7 @@ struct PlanesBackward {
     if (!second_pass) return;
     const std::int64_t elements = shape.elements();
     for_ranges_again(plan.parallel, (elements + kValuesOfTask - 1) / kValuesOfTask, [&](std::int64_t begin, std::int64_t end) {
-      values_of(begin * kValuesOfTask, smaller(end * kValuesOfTask, elements));
+      values_of(begin * kValuesOfTask, smaller(end * kValuesOfTask, elements), room);
     });
   }
 
@@ -375,8 +408,8 @@ struct PlanesBackward {
         return for_ranges(plan.parallel, channels, [&](std::int64_t begin, std::int64_t end) { short_blocks(begin, end); });
       }
     }
-    if (!plan.resident) return in_phases();
-    for_ranges(plan.parallel, shape.slabs(), [&](std::int64_t begin, std::int64_t end) { resident_slabs(begin, end); });
+    if (plan.resident) resident();
+    else in_phases();
   }
 
   void run() const {

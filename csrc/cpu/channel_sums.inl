@@ -19,6 +19,10 @@ constexpr std::int64_t kMergeSerial = 1 << 15;  // values; fewer are not worth w
 constexpr std::int64_t kValuesOfTask = 4096;    // of a pass over all values that one thread takes at least
 constexpr std::int64_t kTasksOfStep = 4;        // that a pass in reverse takes in order
 
+// Whether calls without an activation and a residual have kernels of their own: not on the baseline, which nobody runs for its
+// speed (0.4 MB less).
+constexpr bool kKnowsPlain = NORMEXT_HAS_FMA != 0;
+
 template <class T>
 NORMEXT_INLINE bool comes_from_memory(const ChannelShape& shape) {
   return shape.elements() * static_cast<std::int64_t>(sizeof(T)) > cpu::kBeyondL2Bytes;
@@ -389,6 +393,19 @@ NORMEXT_INLINE bool wants_values(const ChannelBackwardArgs& args) {
 NORMEXT_INLINE bool values_need_no_sums(const ChannelBackwardArgs& args) { return args.fixed_stats || args.grad_input == nullptr; }
 NORMEXT_INLINE bool wants_second_pass(const ChannelBackwardArgs& args) {
   return wants_values(args) && !(wants_sums(args) && values_need_no_sums(args));
+}
+
+// Of a second pass that finds dz, as the first computed it (ChannelPlan::kept).
+template <class T, bool kFused>
+constexpr bool kKeepsDz = kFused && kKnowsPlain;
+template <class T>
+using KeptDz = std::conditional_t<sizeof(T) == 2, Kept<T>, T>;
+NORMEXT_INLINE ChannelBackwardArgs args_after_dz(ChannelBackwardArgs args, const void* dz) {
+  args.grad_output = dz;
+  args.residual = nullptr;
+  args.grad_residual = nullptr;
+  args.activation = Activation::kNone;
+  return args;
 }
 
 }  // namespace

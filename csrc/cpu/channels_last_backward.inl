@@ -74,8 +74,8 @@ struct LastBackward {
     }
   }
 
-  // Sums of runs [begin, end) of all images; with kValues dx and dz, too, which need no sums then.
-  template <bool kValues>
+  // Sums of runs [begin, end) of all images; with kValues dx and dz, too, which need no sums then; with kKeep dz to plan.kept.
+  template <bool kValues, bool kKeep = false>
   __attribute__((noinline)) void sums(std::int64_t begin, std::int64_t end) const {
     const std::int64_t table = shape.batch * plan.pieces * padded;
     const bool fit_l1 = channels * static_cast<std::int64_t>(sizeof(T)) <= kShortRowBytes;
@@ -101,6 +101,7 @@ struct LastBackward {
             if constexpr (kValues && !kApart) {
               store_gradients<T, true>(args, i, affine, dz[0], xhat[0], Pair<A>{}, Pair<A>{}, extent);
             }
+            if constexpr (kKeep) store<T>(static_cast<T*>(plan.kept) + i, dz[0], extent);
             sum = sum + dz[0];
             sum_x = {fma(dz[0].a, xhat[0].a, sum_x.a), fma(dz[0].b, xhat[0].b, sum_x.b)};
           }
@@ -121,6 +122,9 @@ struct LastBackward {
     }
   }
   void sums_of(std::int64_t begin, std::int64_t end) const {
+    if constexpr (kKeepsDz<T, kFused> && sizeof(T) > 2) {
+      if (plan.kept != nullptr) return sums<false, true>(begin, end);
+    }
     if (wants_values(args) && !second_pass) sums<true>(begin, end);
     else sums<false>(begin, end);
   }
@@ -198,6 +202,12 @@ struct LastBackward {
     }
   }
   void values_of(std::int64_t begin, std::int64_t end) const {
+    if constexpr (kKeepsDz<T, kFused> && sizeof(T) > 2) {
+      if (plan.kept != nullptr) {
+        const ChannelBackwardArgs rest = args_after_dz(args, plan.kept);
+        return LastBackward<T, false>{rest, plan}.template values<false>(begin, end);
+      }
+    }
     if (values_need_no_sums(args)) values<true>(begin, end);
     else values<false>(begin, end);
   }

@@ -146,6 +146,21 @@ struct Packed<Half> {
   }
 };
 
+// An intermediate value beside values of T: in the accumulate type, and in the order that T is taken apart in.
+template <class T>
+struct Kept {
+  Accumulate<T> value;
+};
+template <class T>
+struct Packed<Kept<T>> {
+  static constexpr bool kEvenOdd = Packed<T>::kEvenOdd;
+  Packed<Accumulate<T>> data;
+  NORMEXT_INLINE static Packed pack(Pair<Accumulate<T>> x) { return {Packed<Accumulate<T>>::pack(x)}; }
+  NORMEXT_INLINE Pair<Accumulate<T>> unpack() const { return data.unpack(); }
+  NORMEXT_INLINE static Packed read(const Kept<T>* p) { return {Packed<Accumulate<T>>::read(&p->value)}; }
+  NORMEXT_INLINE void write(Kept<T>* p) const { data.write(&p->value); }
+};
+
 // ---- order of columns in a pair: that of the row's storage type, Like
 
 template <class V, int... I>

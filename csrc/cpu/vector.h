@@ -56,11 +56,21 @@ NORMEXT_INLINE __m512 reciprocal_lanes(__m512 a) {  // a Newton step: a division
   return _mm512_fmadd_ps(r, _mm512_fnmadd_ps(a, r, _mm512_set1_ps(1.0f)), r);
 }
 NORMEXT_INLINE __m512d reciprocal_lanes(__m512d a) { return 1.0 / a; }
+NORMEXT_INLINE __m512 quotient_lanes(__m512 a, __m512 b) {
+  const __mmask16 normal = _mm512_cmp_ps_mask(b, _mm512_set1_ps(0x1p126f), _CMP_LT_OQ);
+  const __m512 r = _mm512_maskz_rcp14_ps(0xffff, b);
+  return a * _mm512_maskz_fmadd_ps(normal, r, _mm512_fnmadd_ps(b, r, _mm512_set1_ps(1.0f)), r);
+}
+NORMEXT_INLINE __m512 minimum_lanes(__m512 a, __m512 b) { return _mm512_maskz_min_ps(0xffff, a, b); }
+NORMEXT_INLINE __m512 maximum_lanes(__m512 a, __m512 b) { return _mm512_maskz_max_ps(0xffff, a, b); }
 #elif NORMEXT_VECTOR_BYTES == 32
 NORMEXT_INLINE __m256 fma_lanes(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 NORMEXT_INLINE __m256d fma_lanes(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 NORMEXT_INLINE __m256 sqrt_lanes(__m256 a) { return _mm256_sqrt_ps(a); }
 NORMEXT_INLINE __m256d sqrt_lanes(__m256d a) { return _mm256_sqrt_pd(a); }
+NORMEXT_INLINE __m256 quotient_lanes(__m256 a, __m256 b) { return a / _mm256_min_ps(b, _mm256_set1_ps(__builtin_inff())); }
+NORMEXT_INLINE __m256 minimum_lanes(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
+NORMEXT_INLINE __m256 maximum_lanes(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
 #elif NORMEXT_HAS_FMA
 NORMEXT_INLINE float32x4_t fma_lanes(float32x4_t a, float32x4_t b, float32x4_t c) { return vfmaq_f32(c, a, b); }
 NORMEXT_INLINE float64x2_t fma_lanes(float64x2_t a, float64x2_t b, float64x2_t c) { return vfmaq_f64(c, a, b); }
@@ -82,6 +92,19 @@ template <class V>
 NORMEXT_INLINE V reciprocal_lanes(V a) {
   return 1.0f / a;
 }
+template <class V>
+NORMEXT_INLINE V minimum_lanes(V a, V b) {
+  return a < b ? a : b;
+}
+template <class V>
+NORMEXT_INLINE V maximum_lanes(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+NORMEXT_INLINE V quotient_lanes(V a, V b) {
+  if constexpr (std::is_same_v<V, Floats>) return a / minimum_lanes(b, V{} + __builtin_inff());
+  else return a / b;
+}
 
 template <class V>
 struct VectorMath {
@@ -95,7 +118,10 @@ struct VectorMath {
     }
   }
   NORMEXT_INLINE static V reciprocal(V a) { return reciprocal_lanes(a); }
+  NORMEXT_INLINE static V quotient(V a, V b) { return quotient_lanes(a, b); }
   NORMEXT_INLINE static V sqrt(V a) { return sqrt_lanes(a); }
+  NORMEXT_INLINE static V minimum(V a, V b) { return minimum_lanes(a, b); }
+  NORMEXT_INLINE static V maximum(V a, V b) { return maximum_lanes(a, b); }
 };
 template <>
 struct Math<Vector<float>> : VectorMath<Vector<float>> {
@@ -103,6 +129,7 @@ struct Math<Vector<float>> : VectorMath<Vector<float>> {
   static constexpr bool kDouble = false;
   NORMEXT_INLINE static FloatBits to_bits(Floats a) { return reinterpret_cast<FloatBits>(a); }
   NORMEXT_INLINE static Floats from_bits(FloatBits bits) { return reinterpret_cast<Floats>(bits); }
+  NORMEXT_INLINE static Floats absolute(Floats a) { return from_bits(to_bits(a) & 0x7fffffffu); }
 };
 template <>
 struct Math<Vector<double>> : VectorMath<Vector<double>> {

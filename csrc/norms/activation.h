@@ -16,42 +16,33 @@
 namespace normext {
 inline namespace NORMEXT_ISA {
 
-// e^x and e^-x are normal numbers up to here.
+// e^x and e^-x are normal numbers for |x| up to here.
 template <class V>
 constexpr typename Math<V>::Scalar kMostExponent = Math<V>::kDouble ? 709.7 : 87.0f;
-
-// e^x to an ulp for |x| <= 87 (Cody and Waite's reduction; the polynomial is fitted to 2e-9), and for no other float.
+// From here on e^x is too large.
 template <class V>
-NORMEXT_INLINE V exponential(V x) {
+constexpr typename Math<V>::Scalar kOverflow = Math<V>::kDouble ? 710.0 : 88.75f;
+
+// e^-x to an ulp for -kOverflow <= x <= kMostExponent (Cody and Waite's reduction; the polynomial is fitted to 2e-9), infinite or NaN
+// where that is too large, and nothing for other floats.
+template <class V>
+NORMEXT_INLINE V exponential_of_minus(V x) {
   if constexpr (Math<V>::kDouble) {
-    return Math<V>::exp(x);
+    return Math<V>::exp(-x);
   } else {
-    // Adding 1.5 * 2^23 leaves the nearest integer n in the low bits.
-    const V shifted = fma<V>(x, V{} + 1.44269504f, V{} + 12582912.0f);
+    // Adding 1.5 * 2^23 leaves the nearest integer n in the low bits: e^-x = 2^n * e^-r.
+    const V shifted = fma<V>(x, V{} - 1.44269504f, V{} + 12582912.0f);
     const V n = shifted - 12582912.0f;
-    V r = fma<V>(n, V{} - 0.693359375f, x);
-    r = fma<V>(n, V{} + 2.12194440e-4f, r);
-    V p = fma<V>(V{} + 1.3843607e-3f, r, V{} + 8.3741955e-3f);
+    V r = fma<V>(n, V{} + 0.693359375f, x);
+    r = fma<V>(n, V{} - 2.12194440e-4f, r);
+    V p = fma<V>(V{} + 1.3843607e-3f, r, V{} - 8.3741955e-3f);
     p = fma<V>(p, r, V{} + 4.1668005e-2f);
-    p = fma<V>(p, r, V{} + 1.6666430e-1f);
+    p = fma<V>(p, r, V{} - 1.6666430e-1f);
     p = fma<V>(p, r, V{} + 4.9999994e-1f);
-    p = fma<V>(p, r, V{} + 1.0f);
+    p = fma<V>(p, r, V{} - 1.0f);
     p = fma<V>(p, r, V{} + 1.0f);
     return Math<V>::from_bits(Math<V>::to_bits(p) + (Math<V>::to_bits(shifted) << 23));  // p * 2^n
   }
-}
-// The same with 0 below, where the result is no normal float.
-template <class V>
-NORMEXT_INLINE V exponential_or_zero(V x) {
-  if constexpr (Math<V>::kDouble) return exponential<V>(x);
-  else return x < V{} - kMostExponent<V> ? V{} : exponential<V>(x);
-}
-
-// 1/(1 + e^-z), but nothing for z below -kMostExponent. Above kMostExponent, e^-z is too little to count.
-template <class V>
-NORMEXT_INLINE V sigmoid(V z) {
-  const V least = V{} - kMostExponent<V>;
-  return Math<V>::reciprocal(exponential<V>(-z < least ? least : -z) + 1.0f);
 }
 
 // The normal distribution: density and cumulative probability.
@@ -62,14 +53,15 @@ struct Normal {
 template <class V>
 NORMEXT_INLINE Normal<V> normal(V z) {
   constexpr double kDensity = 0.3989422804014327;  // 1/sqrt(2*pi)
-  const V e = exponential_or_zero<V>(z * z * -0.5f);
+  const V half_square = z * z * 0.5f;
+  const V e = half_square > V{} + kMostExponent<V> ? V{} : exponential_of_minus<V>(half_square);
   if constexpr (Math<V>::kDouble) {
     return {e * kDensity, 0.5 * Math<V>::erfc(z * -0.7071067811865476)};
   } else {
     // Phi(-|z|) = t*q(t) * e^(-z^2/2) / 2 with t = 1/(1 + 0.4*|z|/sqrt(2)); q fitted to 6e-8 of erfcx over |z| <= 13, and beyond 14
     // e is 0.
-    const V size = z < V{} ? -z : z;
-    const V t = Math<V>::reciprocal(fma<V>(size < V{} + 14.0f ? size : V{} + 14.0f, V{} + 0.282842712f, V{} + 1.0f));
+    const V size = Math<V>::minimum(V{} + 14.0f, Math<V>::absolute(z));
+    const V t = Math<V>::reciprocal(fma<V>(size, V{} + 0.282842712f, V{} + 1.0f));
     V q = fma<V>(V{} + 0.04068455f, t, V{} - 0.13743787f);
     q = fma<V>(q, t, V{} + 0.07776277f);
     q = fma<V>(q, t, V{} + 0.09543049f);
@@ -101,28 +93,15 @@ NORMEXT_INLINE void switch_activation(Activation activation, Body body) {
   }
 }
 
-// e = e^-z and s = 1/(1 + e); below -kMostExponent they mean nothing, and zero_below() takes their place.
-template <class V>
-struct Logistic {
-  V e, s;
-};
-template <class V>
-NORMEXT_INLINE Logistic<V> logistic(V z) {
-  const V e = exponential_or_zero<V>(-z);
-  return {e, Math<V>::reciprocal(e + 1.0f)};
-}
-template <class V>
-NORMEXT_INLINE V zero_below(V z, V value) {
-  return z < V{} - kMostExponent<V> ? V{} : value;
-}
-
 template <class V>
 NORMEXT_INLINE V activate(Activation activation, V z) {
   switch (activation) {
     case Activation::kRelu:
-      return z < V{} ? V{} : z;  // NaN stays NaN
-    case Activation::kSilu:
-      return z * zero_below(z, sigmoid<V>(z));
+      return Math<V>::maximum(V{}, z);
+    case Activation::kSilu: {
+      const V within = Math<V>::minimum(V{} + kMostExponent<V>, Math<V>::maximum(V{} - kOverflow<V>, z));
+      return Math<V>::quotient(z, exponential_of_minus<V>(within) + 1.0f);
+    }
     case Activation::kGelu:
       return z * normal<V>(z).cumulative;
     case Activation::kLeakyRelu:
@@ -140,8 +119,10 @@ NORMEXT_INLINE V activation_gradient(Activation activation, V z, V dy) {
     case Activation::kRelu:
       return z <= V{} ? V{} : dy;
     case Activation::kSilu: {
-      const Logistic<V> l = logistic<V>(z);
-      return zero_below(z, dy * l.s * fma<V>(z, l.e * l.s, V{} + 1.0f));  // e * s is 1 - s without cancellation
+      // Beyond these limits the derivative is 0 and 1.
+      const V within = Math<V>::minimum(V{} + kMostExponent<V>, Math<V>::maximum(V{} - kMostExponent<V>, z));
+      const V e = exponential_of_minus<V>(within), s = Math<V>::reciprocal(e + 1.0f);
+      return dy * s * fma<V>(within, e * s, V{} + 1.0f);  // e * s is 1 - s without cancellation
     }
     case Activation::kGelu: {
       const Normal<V> n = normal<V>(z);

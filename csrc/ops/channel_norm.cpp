@@ -30,7 +30,7 @@ void launch(const ChannelForwardArgs& args, Device device) {
 
 void launch(const ChannelBackwardArgs& args, Device device) {
   if (runs_cpu_kernels(device)) {
-    Workspace workspace(cpu::channel_backward_workspace(args), device);
+    Workspace workspace(cpu::channel_backward_workspace(args, thread_pool()), device);
     return cpu::channel_backward(args, workspace.address(), thread_pool());
   }
 #if NORMEXT_WITH_CUDA || NORMEXT_EMULATED

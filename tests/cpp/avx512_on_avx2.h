@@ -62,6 +62,16 @@ NORMEXT_LANES __m512d sqrt(__m512d a) {
   static_assert(kMask == 0xff);
   return by_halves<Doubles>([](__m256d x) { return _mm256_sqrt_pd(x); }, a);
 }
+template <int kMask>
+NORMEXT_LANES __m512 min(__m512 a, __m512 b) {
+  static_assert(kMask == 0xffff);
+  return by_halves<Floats>([](__m256 x, __m256 y) { return _mm256_min_ps(x, y); }, a, b);
+}
+template <int kMask>
+NORMEXT_LANES __m512 max(__m512 a, __m512 b) {
+  static_assert(kMask == 0xffff);
+  return by_halves<Floats>([](__m256 x, __m256 y) { return _mm256_max_ps(x, y); }, a, b);
+}
 // Off by 0.999 of 2^-14, up or down as the bits of the argument have it; zero, infinity and results that are subnormal are exact.
 NORMEXT_BYTES void approximate_reciprocals(float* lane) {
   for (int i = 0; i < 16; ++i) {
@@ -97,6 +107,12 @@ NORMEXT_LANES __mmask16 mask_of(__m256 low, __m256 high) {
 NORMEXT_LANES __m256i lanes_of(unsigned mask) {  // all ones where the bit is set
   const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bits), bits);
+}
+NORMEXT_LANES __m512 maskz_fmadd(__mmask16 mask, __m512 a, __m512 b, __m512 c) {
+  Bits r;
+  r.all = reinterpret_cast<__m512i>(fmadd(a, b, c));
+  for (int h = 0; h < 2; ++h) r.half[h] = _mm256_and_si256(r.half[h], lanes_of(mask >> 8 * h & 255u));
+  return reinterpret_cast<__m512>(r.all);
 }
 template <int kRelation>
 NORMEXT_LANES __mmask16 cmp_mask(__m512 a, __m512 b) {
@@ -222,6 +238,9 @@ NORMEXT_LANES void narrow(W& words, __m512 low, __m512 high) {
 #define _mm512_maskz_sqrt_ps(mask, a) avx512_on_avx2::sqrt<mask>(a)
 #define _mm512_maskz_sqrt_pd(mask, a) avx512_on_avx2::sqrt<mask>(a)
 #define _mm512_maskz_rcp14_ps(mask, a) avx512_on_avx2::rcp14<mask>(a)
+#define _mm512_maskz_min_ps(mask, a, b) avx512_on_avx2::min<mask>(a, b)
+#define _mm512_maskz_max_ps(mask, a, b) avx512_on_avx2::max<mask>(a, b)
+#define _mm512_maskz_fmadd_ps avx512_on_avx2::maskz_fmadd
 #define _mm512_set1_ps avx512_on_avx2::set1
 #define _mm512_set1_epi32 avx512_on_avx2::set1
 #define _mm512_stream_si512 avx512_on_avx2::stream
