@@ -335,7 +335,7 @@ def _accuracy():
                 yield from _short_groups(at)
             for activation in ("silu", "gelu"):  # planes of whole units: the CPU computes dz once
                 for dtype, params in MIXES:
-                    yield at(4, 32, (16, 16), 8, activation=activation, dtype=dtype, param_dtype=params)
+                    yield at(2, 64, (16, 16), 8, activation=activation, dtype=dtype, param_dtype=params)
             if op != "instance_norm":
                 for dtype in (torch.float32, torch.float64):
                     yield at(256, 16, (4, 3), 1, data="lead", dtype=dtype)

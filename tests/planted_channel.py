@@ -155,6 +155,14 @@ MUTANTS = (
         CHANNEL_ACCURACY,
     ),
     Mutant(
+        "dz kept without the derivative of the activation",
+        "csrc/cpu/channels_last_backward.inl",
+        "store<T>(static_cast<KeptDz<T>*>(plan.kept) + i, dz[0], extent)",
+        "store<T>(static_cast<KeptDz<T>*>(plan.kept) + i, Pair<A>{load<T>(grad_output + i, extent)}, extent)",
+        "avx2",
+        CHANNEL_ACCURACY,
+    ),
+    Mutant(
         "threads share the room for dz",
         "csrc/cpu/channel_planes_backward.inl",
         "kept + t * plan.kept_values",

@@ -21,7 +21,8 @@ constexpr int kGradientRows = 2;  // or one, where AVX2 is all there is: takes_s
 // ways [8x512x28x28: 2022 -> 1871 us; 8x64x56x56, whose rows these are, would take 5 % more]. Nothing between was measured.
 constexpr std::int64_t kShortRowBytes = 256;
 
-template <class T, bool kFused>
+// Dz: grad_output is dz that was kept.
+template <class T, bool kFused, class Dz = T>
 struct LastBackward {
   using A = Accumulate<T>;
 
@@ -33,7 +34,7 @@ struct LastBackward {
   const std::int64_t padded = plan.padded;
   const bool second_pass = wants_second_pass(args), single_rows = takes_single_rows<T>(shape);
   const T* const input = static_cast<const T*>(args.input);
-  const T* const grad_output = static_cast<const T*>(args.grad_output);
+  const Dz* const grad_output = static_cast<const Dz*>(args.grad_output);
   const T* const residual = static_cast<const T*>(args.residual);
   A* const image_sums = static_cast<A*>(plan.merged);
   A* const params = static_cast<A*>(plan.params);
@@ -67,7 +68,7 @@ struct LastBackward {
   // Fetches what the sums read, and with kValues write, for the group of rows that follows the one at value `first`.
   template <bool kValues, int kLocality>
   NORMEXT_INLINE void fetch_next_group(std::int64_t first, std::int64_t c) const {
-    fetch_next_rows<T, kRowsAtOnce, kLocality>(grad_output + first, channels, c);
+    fetch_next_rows<Dz, kRowsAtOnce, kLocality>(grad_output + first, channels, c);
     fetch_next_rows<T, kRowsAtOnce, kLocality>(input + first, channels, c);
     if (kValues && args.grad_input != nullptr) {
       fetch_next_rows<T, kRowsAtOnce, kLocality>(static_cast<const T*>(args.grad_input) + first, channels, c);
@@ -101,7 +102,7 @@ struct LastBackward {
             if constexpr (kValues && !kApart) {
               store_gradients<T, true>(args, i, affine, dz[0], xhat[0], Pair<A>{}, Pair<A>{}, extent);
             }
-            if constexpr (kKeep) store<T>(static_cast<T*>(plan.kept) + i, dz[0], extent);
+            if constexpr (kKeep) store<T>(static_cast<KeptDz<T>*>(plan.kept) + i, dz[0], extent);
             sum = sum + dz[0];
             sum_x = {fma(dz[0].a, xhat[0].a, sum_x.a), fma(dz[0].b, xhat[0].b, sum_x.b)};
           }
@@ -122,7 +123,7 @@ struct LastBackward {
     }
   }
   void sums_of(std::int64_t begin, std::int64_t end) const {
-    if constexpr (kKeepsDz<T, kFused> && sizeof(T) > 2) {
+    if constexpr (kKeepsDz<T, kFused>) {
       if (plan.kept != nullptr) return sums<false, true>(begin, end);
     }
     if (wants_values(args) && !second_pass) sums<true>(begin, end);
@@ -159,7 +160,7 @@ struct LastBackward {
     const UnitAffine<A> affine = affine_of_channels(rows, c);
     const T* extra[kRows];
     Pair<A> xhat[kRows] = {}, dz[kRows];
-    fetch_later_rows<T, kRows>(grad_output + first, channels, c);
+    fetch_later_rows<Dz, kRows>(grad_output + first, channels, c);
     if (kInput) fetch_later_rows<T, kRows>(input + first, channels, c);
     if (args.grad_input != nullptr) fetch_later_rows<T, kRows>(static_cast<const T*>(args.grad_input) + first, channels, c);
 #pragma GCC unroll 4
@@ -202,10 +203,10 @@ struct LastBackward {
     }
   }
   void values_of(std::int64_t begin, std::int64_t end) const {
-    if constexpr (kKeepsDz<T, kFused> && sizeof(T) > 2) {
+    if constexpr (kKeepsDz<T, kFused>) {
       if (plan.kept != nullptr) {
         const ChannelBackwardArgs rest = args_after_dz(args, plan.kept);
-        return LastBackward<T, false>{rest, plan}.template values<false>(begin, end);
+        return LastBackward<T, false, KeptDz<T>>{rest, plan}.template values<false>(begin, end);
       }
     }
     if (values_need_no_sums(args)) values<true>(begin, end);
