@@ -147,6 +147,14 @@ MUTANTS = (
         ("tests/test_channel_layouts.py",),
     ),
     Mutant(
+        "dz kept in place of dx where units overlap",
+        "csrc/cpu/channel_norm.cpp",
+        "slow && (whole || !planes)",
+        "slow",
+        "avx2",
+        CHANNEL_ACCURACY,
+    ),
+    Mutant(
         "dz kept where that of another plane is",
         "csrc/cpu/channel_planes_backward.inl",
         "room.dz + (first - room.first) + column",

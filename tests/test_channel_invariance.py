@@ -215,15 +215,24 @@ def test_thread_counts_of_the_other_batch_norms(layout, more, backend):
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_thread_counts_where_dz_is_kept(dtype, backend):
-    """With an activation that takes long, each thread keeps dz of a group of whole units, in 16 bits in room of its own."""
-    for shape in ((7, 40, (8, 8), 5), (5, 64, (16, 16), 8), (2, 6, (64, 64), 3)):
+    """With an activation that takes long, dz is kept between two passes; in 16 bits in room for each thread, where threads do not
+    share groups (one group, and three threads, do), and in channels-last where an image or a few have room."""
+    if backend.runs_cuda_code:
+        pytest.skip("about the CPU's kernels")
+    for shape in ((7, 40, (8, 8), 5), (5, 64, (16, 16), 8), (2, 6, (64, 64), 3), (1, 64, (16, 16), 1), (1, 3, (128, 128), 1)):
         for op, layout in itertools.product(cases.OPS, cases.BOTH):
             case = cases.ChannelCase(op, *shape, layout=layout, dtype=dtype, activation="silu")
             t = cases.make(case, backend)
+            torch.set_num_threads(1)
             expected = cases.everything(case, t)
-            for threads in (1, 3, 8) if not backend.runs_cuda_code else (1,):
+            for threads in (2, 3, 8):
                 torch.set_num_threads(threads)
                 cases.assert_same(cases.everything(case, t), expected, case.id, threads)
+    case = cases.ChannelCase("group_norm", 1, 64, (64, 64), 8, layout="channels_last", dtype=dtype, activation="silu")
+    t = cases.make(case, backend, batch=8)
+    assert t.x.numel() * 4 > 6 << 20  # of which all is kept, or nothing
+    expected = results(case, t)
+    cases.assert_same(results(case, t.images(slice(3, 4))), [r[3:4] for r in expected], case.id)
 
 
 def test_twenty_runs(backend):

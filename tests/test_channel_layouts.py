@@ -298,3 +298,8 @@ def test_activations_of_special_values_are_torchs(activation, device):
         expected = getattr(F, activation)(x.double()).to(dtype)
         least = 1e-36 if dtype == torch.float32 else 1e-300
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=least, equal_nan=True)
+        ours = x[~x.isinf()].view(-1, 1).requires_grad_()  # at infinities torch's derivatives are NaN, or not, by chance
+        theirs = ours.detach().double().requires_grad_()
+        normext.batch_norm(ours, zero, one, eps=0.0, activation=activation).sum().backward()
+        getattr(F, activation)(theirs).sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad.to(dtype), rtol=1e-5, atol=least, equal_nan=True)

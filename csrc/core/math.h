@@ -12,8 +12,9 @@
 namespace normext {
 inline namespace NORMEXT_ISA {
 
-// What an operation of a value type is: fma, sqrt and so on; reciprocal(a) of a float between 2^-125 and 2^126; quotient(a, b), which
-// is a/b for b from 1 on, infinite or not, and a * 0 for a float b that is NaN; minimum and maximum, NaN where b is, while a is a number.
+// The operations of a value type. reciprocal(a) of a float is for a between 2^-125 and 2^126. quotient(a, b) is a/b for b from 1
+// on; for a float b of 2^126 and more a/b or a * 0, for NaN a * 0. minimum and maximum are for a that is a number, and NaN where b
+// is.
 template <class V>
 struct Math;
 

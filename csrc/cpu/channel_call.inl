@@ -9,7 +9,7 @@ namespace normext {
 inline namespace NORMEXT_ISA {
 namespace {
 
-template <template <class, bool> class Planes, template <class, bool> class Last, class Args>
+template <template <class, bool, class...> class Planes, template <class, bool, class...> class Last, class Args>
 NORMEXT_INLINE void channel_call(const Args& args, const cpu::ChannelPlan& plan, bool fused) {
   visit(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;

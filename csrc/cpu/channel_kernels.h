@@ -17,8 +17,9 @@ constexpr std::int64_t kLeastShortImages = 4;
 constexpr std::int64_t kLeastShortChannels = 32;
 constexpr std::int64_t kMostShortGroup = 32768;
 
-constexpr int kForwardRows = 4;           // arrays over channels in ChannelPlan::rows of an image of a forward on channels-last
-constexpr std::int64_t kColumnStep = 32;  // channels: a whole number of units of every instruction set
+constexpr std::int64_t kBlockColumns = 64;  // slabs of planes that are handled together, at most
+constexpr int kForwardRows = 4;             // arrays over channels in ChannelPlan::rows of an image of a forward on channels-last
+constexpr std::int64_t kColumnStep = 32;    // channels: a whole number of units of every instruction set
 
 // How a call is divided. All that shapes a sum (piece, pieces, images) follows from the shape, the dtype and the instruction set;
 // `resident` and the number of threads decide only who does the work, and when.
@@ -37,8 +38,8 @@ struct ChannelPlan {
   // Channels-last: of a block; whole groups, and but for the last block a multiple of kColumnStep.
   std::int64_t columns = 0;
   bool fetch_output = false;  // the output, or dx, is fetched to L2 while sums are taken; planes only
-  // Backward: where the pass that sums leaves dz for the one that forms dx, or null. Like a tensor of the input's shape; in 16 bits
-  // room in the accumulate type for kept_values, one slab, of each thread.
+  // Backward: where the pass that sums leaves dz for the one that forms dx, or null. Like a tensor of the input's shape; but in 16
+  // bits room of kept_values in the accumulate type, on planes for each thread and a block of slabs.
   void* kept = nullptr;
   std::int64_t kept_values = 0;
   // Workspace, in the accumulate type. What each layout keeps there is said where it is used.

@@ -38,8 +38,10 @@ constexpr std::int64_t kSharingBytesOfChannel = 200;
 // Groups of short planes: input and gradient of a segment, and tasks of a call, each a group in a segment.
 constexpr std::int64_t kShortSegmentBytes = 256 * 1024;
 constexpr std::int64_t kLeastShortTasks = 16;
-// Of room for dz of a tensor in 16 bits [Zen 3, two threads, GroupNorm of channels-last, bfloat16, forward and backward, medians of
-// ratios, with SiLU and GELU: 2.6 MB 1.16 and 1.28, 5.2 MB 1.10 to 1.26, 10.5 MB 1.04 and 0.86].
+// Of small slabs whose dz is kept together.
+constexpr std::int64_t kKeptValues = 16 * 1024;
+// Of room for dz of a tensor in 16 bits [Zen 3, two threads, GroupNorm of channels-last, bfloat16, forward and backward,
+// times as fast as without, with SiLU and GELU: 2.6 MB 1.16 and 1.28, 5.2 MB 1.10 to 1.26, 10.5 MB 1.04 and 0.86].
 constexpr std::int64_t kMostKeptBytes = 6 << 20;
 
 std::int64_t over(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
@@ -203,11 +205,10 @@ std::size_t forward_plan(const ChannelForwardArgs& args, void* workspace, Channe
 }
 
 // Whether, and where, dz is kept for the pass that forms dx, which then needs neither residual nor activation: where it is wanted
-// anyway, or if the activation takes long in place of dx. In 16 bits, where neither is exact, in room for a slab that is handled
-// whole, or in channels-last for a tensor of which the caches hold much. Units end where planes and rows do, so that none is written
-// twice.
-// [the same, contiguous, 1x640x32x32, backward alone in one thread, us: float32 1297 -> 730 and 1953 -> 1100, bfloat16 1440 -> 840 and
-// 1926 -> 1108]
+// anyway, or if the activation takes long in place of dx. In 16 bits, where neither is exact, in room for slabs that are handled
+// whole, or in channels-last for a tensor of which the caches hold much. Units end where planes and rows do, so that none is
+// written twice. [Zen 3, one thread, GroupNorm of 1x640x32x32, contiguous, backward alone, with SiLU and GELU, us: float32 1297 ->
+// 730 and 1953 -> 1100, bfloat16 1440 -> 840 and 1926 -> 1108]
 void keep_dz(const ChannelBackwardArgs& args, ChannelPlan& plan) {
   const ChannelShape& shape = args.shape;
   const bool two_passes = args.grad_input != nullptr && !args.fixed_stats && !args.given_sums && plan.images == 0;
@@ -219,8 +220,12 @@ void keep_dz(const ChannelBackwardArgs& args, ChannelPlan& plan) {
     if (args.grad_residual != nullptr) plan.kept = args.grad_residual;
     else if (slow && (whole || !planes)) plan.kept = args.grad_input;
   } else if (slow && whole && args.grad_residual == nullptr) {
-    if (planes && plan.resident && !shape.batch_norm()) plan.kept_values = padded(shape.slab_size());
-    if (!planes && shape.elements() * 4 <= kMostKeptBytes) plan.kept_values = shape.elements();
+    if (planes && plan.resident && !shape.batch_norm()) {
+      const std::int64_t most = std::min(kBlockColumns, over(shape.slabs(), plan.parallel.threads));
+      plan.kept_values = std::clamp(kKeptValues / shape.slab_size(), std::int64_t{1}, most) * shape.slab_size();
+    }
+    if (!planes && shape.elements() * static_cast<std::int64_t>(accumulate_size_of(args.dtype)) <= kMostKeptBytes)
+      plan.kept_values = shape.elements();
   }
 }
 

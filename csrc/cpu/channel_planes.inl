@@ -12,7 +12,6 @@ namespace normext {
 inline namespace NORMEXT_ISA {
 namespace {
 
-constexpr std::int64_t kBlockColumns = 64;
 constexpr std::int64_t kBatchOfLines = 16384;  // bytes; in 16 bits 32 KB take 0.5 % longer
 
 // Moments of `count` <= kMaxBatch lines of n <= kSegment values, one after the other. What follows is fetched meanwhile, and so is
@@ -130,7 +129,7 @@ struct PlanesForward {
   // Everything for columns [begin, end), a block at a time.
   void resident_columns(std::int64_t begin, std::int64_t end) const {
     const std::int64_t fit = kBlockBytes / (images * line * static_cast<std::int64_t>(sizeof(T)));
-    const std::int64_t block = fit < 1 ? 1 : smaller(fit, kBlockColumns);
+    const std::int64_t block = fit < 1 ? 1 : smaller(fit, cpu::kBlockColumns);
     for (std::int64_t column = begin; column < end; column += block) {
       const std::int64_t last = smaller(column + block, end);
       for (std::int64_t image = 0; image < images; ++image) {

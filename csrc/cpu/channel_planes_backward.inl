@@ -2,10 +2,10 @@
 //
 // Each plane gives sum(dz) and sum(dz*xhat), plane by plane or, where planes are long, segment by segment (short planes:
 // channel_short.inl; their groups have means from sums of their own). From these come the
-// means of a slab and the parameter gradients; then dx and dz are formed from the input once more, cut anywhere. With fixed
-// statistics they are formed in the first pass, but not where planes are short. plan.partial: sums
-// [2, planes * pieces]; plan.merged: the same of whole planes; plan.rows: means [2, slabs] of g and g*xhat; plan.params: sums [2,
-// channels] over all images.
+// means of a slab and the parameter gradients; then dx and dz are formed from the input once more, or dx from dz (plan.kept), cut
+// anywhere. With fixed statistics they are formed in the first pass, but not where planes are short. plan.partial: sums [2, planes
+// * pieces]; plan.merged: the same of whole planes; plan.rows: means [2, slabs] of g and g*xhat; plan.params: sums [2, channels]
+// over all images.
 #pragma once
 
 #include "cpu/channel_planes.inl"
@@ -119,7 +119,7 @@ struct PlanesBackward {
     }
   }
   void sums_of(std::int64_t begin, std::int64_t end, const RoomForDz& room) const {
-    if constexpr (kKeepsDz<T, kFused>) {
+    if constexpr (kKeepsDz<kFused>) {
       if (room.dz != nullptr) return sums<false, true>(begin, end, room);
     }
     if (wants_values(args) && !second_pass) sums<true>(begin, end);
@@ -202,7 +202,7 @@ struct PlanesBackward {
     }
   }
   void values_of(std::int64_t begin, std::int64_t end, const RoomForDz& room) const {
-    if constexpr (kKeepsDz<T, kFused>) {
+    if constexpr (kKeepsDz<kFused>) {
       if (room.dz != nullptr) {
         const ChannelBackwardArgs rest = args_after_dz(args, room.dz);
         return PlanesBackward<T, false, KeptDz<T>>{rest, plan, room.first}.template values<false>(begin, end);
@@ -219,15 +219,15 @@ struct PlanesBackward {
     for (std::int64_t image = 0; image < shape.batch; ++image) body(image * channels + begin, image * channels + end);
   }
 
-  // Everything for slabs [begin, end), a block at a time, or each with its dz in the same room.
+  // Everything for slabs [begin, end), a block at a time, the dz of each in the same room if it has one of its own.
   void resident_slabs(std::int64_t begin, std::int64_t end, KeptDz<T>* kept) const {
-    const bool one = plan.kept_values != 0;
+    const bool own_room = plan.kept_values != 0;
     const std::int64_t slab_bytes = shape.slab_size() * 2 * static_cast<std::int64_t>(sizeof(T));
-    const std::int64_t fit = kBlockBytes / slab_bytes;
-    const std::int64_t block = one || fit < 1 ? 1 : smaller(fit, kBlockColumns);
+    const std::int64_t fit = own_room ? plan.kept_values / shape.slab_size() : kBlockBytes / slab_bytes;
+    const std::int64_t block = fit < 1 ? 1 : smaller(fit, cpu::kBlockColumns);
     for (std::int64_t slab = begin; slab < end; slab += block) {
       const std::int64_t last = smaller(slab + block, end);
-      const RoomForDz room = {kept, one ? slab * shape.slab_size() : 0};
+      const RoomForDz room = {kept, own_room ? slab * shape.slab_size() : 0};
       if (wants_sums(args)) {
         for_planes(slab, last, [&](std::int64_t first, std::int64_t stop) {
           sums_of(first * plan.pieces, stop * plan.pieces, room);

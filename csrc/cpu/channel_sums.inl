@@ -395,8 +395,9 @@ NORMEXT_INLINE bool wants_second_pass(const ChannelBackwardArgs& args) {
   return wants_values(args) && !(wants_sums(args) && values_need_no_sums(args));
 }
 
-// Of a second pass that finds dz, as the first computed it (ChannelPlan::kept).
-template <class T, bool kFused>
+// Whether a second pass may find dz as the first computed it (ChannelPlan::kept): the kernels without an activation go on from
+// there.
+template <bool kFused>
 constexpr bool kKeepsDz = kFused && kKnowsPlain;
 template <class T>
 using KeptDz = std::conditional_t<sizeof(T) == 2, Kept<T>, T>;

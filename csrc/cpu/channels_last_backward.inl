@@ -1,11 +1,10 @@
 // Channel norms backward on [batch, spatial, channels] for one instruction set, vectorised over channels.
 //
 // Runs of rows give sum(dz) and sum(dz*xhat) per channel; runs are added per image, then images for the parameter gradients, and
-// channels of a group for its means. dx and dz are formed from the input once more, a few rows at a time. With
-// fixed statistics they are formed in the first pass.
-// plan.partial: sums [2, batch * pieces, padded]; plan.merged: the same of whole images; plan.rows: [batch, 5, padded], hi, lo,
-// rstd and the means of g and g*xhat of each channel; plan.params: [4, padded], weight, bias, sums over all images. rows, weight
-// and bias are in the order of T (packed.h).
+// channels of a group for its means. dx and dz are formed from the input once more, or dx from dz (plan.kept), a few rows at a
+// time. With fixed statistics they are formed in the first pass. plan.partial: sums [2, batch * pieces, padded]; plan.merged: the
+// same of whole images; plan.rows: [batch, 5, padded], hi, lo, rstd and the means of g and g*xhat of each channel; plan.params: [4,
+// padded], weight, bias, sums over all images. rows, weight and bias are in the order of T (packed.h).
 #pragma once
 
 #include "cpu/channels_last.inl"
@@ -123,7 +122,7 @@ struct LastBackward {
     }
   }
   void sums_of(std::int64_t begin, std::int64_t end) const {
-    if constexpr (kKeepsDz<T, kFused>) {
+    if constexpr (kKeepsDz<kFused>) {
       if (plan.kept != nullptr) return sums<false, true>(begin, end);
     }
     if (wants_values(args) && !second_pass) sums<true>(begin, end);
@@ -203,7 +202,7 @@ struct LastBackward {
     }
   }
   void values_of(std::int64_t begin, std::int64_t end) const {
-    if constexpr (kKeepsDz<T, kFused>) {
+    if constexpr (kKeepsDz<kFused>) {
       if (plan.kept != nullptr) {
         const ChannelBackwardArgs rest = args_after_dz(args, plan.kept);
         return LastBackward<T, false, KeptDz<T>>{rest, plan}.template values<false>(begin, end);

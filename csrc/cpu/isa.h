@@ -27,7 +27,7 @@ void row_backward(RowNorm norm, const RowBackwardArgs& args, void* workspace, co
 // Likewise for channel norms. The workspace may have any alignment. Nothing is called on an empty input.
 std::size_t channel_forward_workspace(const ChannelForwardArgs& args);
 void channel_forward(const ChannelForwardArgs& args, void* workspace, const Parallel& parallel);
-std::size_t channel_backward_workspace(const ChannelBackwardArgs& args, const Parallel& parallel);
+std::size_t channel_backward_workspace(const ChannelBackwardArgs& args, const Parallel& parallel);  // which the call takes, too
 void channel_backward(const ChannelBackwardArgs& args, void* workspace, const Parallel& parallel);
 void merge_moments(const ChannelMergeArgs& args);
 void update_running(const RunningArgs& args);

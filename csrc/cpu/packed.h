@@ -146,7 +146,8 @@ struct Packed<Half> {
   }
 };
 
-// An intermediate value beside values of T: in the accumulate type, and in the order that T is taken apart in.
+// An intermediate value beside values of T: in the accumulate type, and in the order that T is taken apart in. So there are whole
+// units only: the first lanes of a unit need not be its first columns.
 template <class T>
 struct Kept {
   Accumulate<T> value;
@@ -157,8 +158,10 @@ struct Packed<Kept<T>> {
   Packed<Accumulate<T>> data;
   NORMEXT_INLINE static Packed pack(Pair<Accumulate<T>> x) { return {Packed<Accumulate<T>>::pack(x)}; }
   NORMEXT_INLINE Pair<Accumulate<T>> unpack() const { return data.unpack(); }
-  NORMEXT_INLINE static Packed read(const Kept<T>* p) { return {Packed<Accumulate<T>>::read(&p->value)}; }
-  NORMEXT_INLINE void write(Kept<T>* p) const { data.write(&p->value); }
+  NORMEXT_INLINE static Packed read(const Kept<T>* p) {
+    return {Packed<Accumulate<T>>::read(reinterpret_cast<const Accumulate<T>*>(p))};
+  }
+  NORMEXT_INLINE void write(Kept<T>* p) const { data.write(reinterpret_cast<Accumulate<T>*>(p)); }
 };
 
 // ---- order of columns in a pair: that of the row's storage type, Like
@@ -290,6 +293,15 @@ NORMEXT_INLINE void store_packed(T* p, Packed<T> x, Partial part) {
   T buffer[kUnit<Accumulate<T>>];
   x.write(buffer);
   store_elements(p, buffer, part.count);
+}
+
+template <class T>
+NORMEXT_INLINE Packed<Kept<T>> load_packed(const Kept<T>*, Partial) {
+  __builtin_trap();
+}
+template <class T>
+NORMEXT_INLINE void store_packed(Kept<T>*, Packed<Kept<T>>, Partial) {
+  __builtin_trap();
 }
 
 // A whole unit; p is aligned to a vector.

@@ -1,7 +1,8 @@
 // SIMD vocabulary of one instruction set: vectors of float and double, their arithmetic, memory as bytes. Storage types: packed.h.
 //
 // Each isa_*.cpp first defines NORMEXT_ISA, NORMEXT_VECTOR_BYTES and NORMEXT_HAS_FMA. Arithmetic is written with GNU vector types;
-// intrinsics appear only for what they cannot express: fused multiply-add, square root, reciprocal, streaming stores.
+// intrinsics appear only for what they cannot express: fused multiply-add, square root, reciprocal, streaming stores; and for
+// minimum and maximum, of which GCC 12 makes a comparison and a blend.
 #pragma once
 
 #include <cstdint>
@@ -68,7 +69,6 @@ NORMEXT_INLINE __m256 fma_lanes(__m256 a, __m256 b, __m256 c) { return _mm256_fm
 NORMEXT_INLINE __m256d fma_lanes(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 NORMEXT_INLINE __m256 sqrt_lanes(__m256 a) { return _mm256_sqrt_ps(a); }
 NORMEXT_INLINE __m256d sqrt_lanes(__m256d a) { return _mm256_sqrt_pd(a); }
-NORMEXT_INLINE __m256 quotient_lanes(__m256 a, __m256 b) { return a / _mm256_min_ps(b, _mm256_set1_ps(__builtin_inff())); }
 NORMEXT_INLINE __m256 minimum_lanes(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
 NORMEXT_INLINE __m256 maximum_lanes(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
 #elif NORMEXT_HAS_FMA

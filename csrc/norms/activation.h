@@ -16,15 +16,15 @@
 namespace normext {
 inline namespace NORMEXT_ISA {
 
-// e^x and e^-x are normal numbers for |x| up to here.
+// e^x and e^-x are normal numbers for |x| up to here, in float.
 template <class V>
 constexpr typename Math<V>::Scalar kMostExponent = Math<V>::kDouble ? 709.7 : 87.0f;
-// From here on e^x is too large.
+// e^x is too large here.
 template <class V>
 constexpr typename Math<V>::Scalar kOverflow = Math<V>::kDouble ? 710.0 : 88.75f;
 
-// e^-x to an ulp for -kOverflow <= x <= kMostExponent (Cody and Waite's reduction; the polynomial is fitted to 2e-9), infinite or NaN
-// where that is too large, and nothing for other floats.
+// e^-x to an ulp for -kOverflow <= x <= kMostExponent (Cody and Waite's reduction; the polynomial is fitted to 2e-9), infinite or
+// NaN where that is too large, and nothing for other floats.
 template <class V>
 NORMEXT_INLINE V exponential_of_minus(V x) {
   if constexpr (Math<V>::kDouble) {
@@ -53,11 +53,11 @@ struct Normal {
 template <class V>
 NORMEXT_INLINE Normal<V> normal(V z) {
   constexpr double kDensity = 0.3989422804014327;  // 1/sqrt(2*pi)
-  const V half_square = z * z * 0.5f;
-  const V e = half_square > V{} + kMostExponent<V> ? V{} : exponential_of_minus<V>(half_square);
+  const V half_square = z * z * 0.5f, exponential = exponential_of_minus<V>(half_square);
   if constexpr (Math<V>::kDouble) {
-    return {e * kDensity, 0.5 * Math<V>::erfc(z * -0.7071067811865476)};
+    return {exponential * kDensity, 0.5 * Math<V>::erfc(z * -0.7071067811865476)};
   } else {
+    const V e = half_square > V{} + kMostExponent<V> ? V{} : exponential;
     // Phi(-|z|) = t*q(t) * e^(-z^2/2) / 2 with t = 1/(1 + 0.4*|z|/sqrt(2)); q fitted to 6e-8 of erfcx over |z| <= 13, and beyond 14
     // e is 0.
     const V size = Math<V>::minimum(V{} + 14.0f, Math<V>::absolute(z));
@@ -119,10 +119,10 @@ NORMEXT_INLINE V activation_gradient(Activation activation, V z, V dy) {
     case Activation::kRelu:
       return z <= V{} ? V{} : dy;
     case Activation::kSilu: {
-      // Beyond these limits the derivative is 0 and 1.
-      const V within = Math<V>::minimum(V{} + kMostExponent<V>, Math<V>::maximum(V{} - kMostExponent<V>, z));
+      const V within = Math<V>::minimum(V{} + kMostExponent<V>, z);
       const V e = exponential_of_minus<V>(within), s = Math<V>::reciprocal(e + 1.0f);
-      return dy * s * fma<V>(within, e * s, V{} + 1.0f);  // e * s is 1 - s without cancellation
+      const V dz = dy * s * fma<V>(within, e * s, V{} + 1.0f);  // e * s is 1 - s without cancellation
+      return z < V{} - kMostExponent<V> ? V{} : dz;             // where e means nothing
     }
     case Activation::kGelu: {
       const Normal<V> n = normal<V>(z);

@@ -30,8 +30,9 @@ void launch(const ChannelForwardArgs& args, Device device) {
 
 void launch(const ChannelBackwardArgs& args, Device device) {
   if (runs_cpu_kernels(device)) {
-    Workspace workspace(cpu::channel_backward_workspace(args, thread_pool()), device);
-    return cpu::channel_backward(args, workspace.address(), thread_pool());
+    const cpu::Parallel threads = thread_pool();
+    Workspace workspace(cpu::channel_backward_workspace(args, threads), device);
+    return cpu::channel_backward(args, workspace.address(), threads);
   }
 #if NORMEXT_WITH_CUDA || NORMEXT_EMULATED
   const DeviceGuard guard(device);
