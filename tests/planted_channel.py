@@ -149,8 +149,8 @@ MUTANTS = (
     Mutant(
         "dz kept in place of dx where units overlap",
         "csrc/cpu/channel_norm.cpp",
-        "slow && (whole || !planes)",
-        "slow",
+        "else if (whole || !planes) plan.kept",
+        "else plan.kept",
         "avx2",
         CHANNEL_ACCURACY,
     ),
