@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
+import bounds_changes
 import channel_grid
 import figures
 import machine
@@ -126,6 +127,32 @@ def channel_summary(section):
     return table(header, rows) + "\n\n" + slower_cases(cases, "cases (training steps from 128 KB of input)")
 
 
+# Bounds -----------------------------------------------------------------------------------------------------------
+def bounds(section):
+    """Geometric means for each build of bounds.py; then the cases that are slower than torch eager in its one run."""
+    names = list(bounds_changes.BUILDS)
+
+    def cells(op, kind):
+        for name in names:
+            by_dtype = [[f.speedup(name) for f in figures.bound(section, op, kind, d) if f.has(name)] for d in (None, *DTYPES)]
+            both, *each = (times(geomean(speedups)) for speedups in by_dtype)
+            yield f"{both} ({', '.join(each)})" if by_dtype[0] else "-"
+
+    ops = [*dict.fromkeys(case["op"] for case in section["row_cases"] + section["channel_cases"]), None]
+    passes = {"forward": "forward", "train": "forward+backward", None: "both"}
+    rows = [[op or "all channel norms", passes[kind], *cells(op, kind)] for op in ops for kind in passes]
+    chosen = [f for op in ops[:-1] for f in figures.bound(section, op)]
+    slower = [f for f in chosen if f.speedup(names[0]) < figures.SLOWER and not f.small_step]
+    of_cases = [
+        [f"{f.op} {f.dtype} {f.name}" + ("" if f.op not in figures.OPS else f" {f.kind}")]
+        + [f"{times(f.speedup(name))}, {microseconds(f.us(name))} us" if f.has(name) else "-" for name in names]
+        for f in slower
+    ]
+    return "\n\n".join(
+        [(bounds_changes.__doc__ or "").strip(), table(["op", "pass", *names], rows), table(["below 0.97x", *names], of_cases)]
+    )
+
+
 # Calls, blocks, accuracy ------------------------------------------------------------------------------------------
 def calls(section):
     names = ("normext.layer_norm", "normext.rms_norm", "F.layer_norm", "F.rms_norm")
@@ -199,6 +226,7 @@ def render(results):
     part("Speed: times torch eager and torch.compile, geometric means over the grid", "cpu_fresh", summary)
     part(f"Share of the rate of `y.copy_(x)`, warm pages, from {figures.OUT_OF_CACHE >> 20} MB", "cpu_warm", copy_rate_summary)
     part("Channel norms: times torch eager and torch.compile, geometric means over the grid", "channel", channel_summary)
+    part("What norms that leave work out reach: times torch eager, both dtypes (float32, bfloat16)", "bounds", bounds)
     part("Call overhead and compiled blocks", "overhead", calls, blocks)
     part("Largest error, in units of the accuracy contract (limit 4)", "accuracy", accuracy)
     part("Deployment: BatchNorm folded into convolutions", "fold", fold)

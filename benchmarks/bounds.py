@@ -1,0 +1,131 @@
+"""What norms that leave work out would reach: `python benchmarks/bounds.py`, half an hour on two idle cores.
+
+Builds the committed sources four times, as they are and with the changes of bounds_changes.py, runs the CPU grids with each, and
+writes the speed-ups over torch eager into results/<machine>.json, from which report.py makes a table. The changed builds give
+wrong results: an aim beyond theirs is beyond any kernel that does the work.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bounds_changes
+import machine
+import report
+import run
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "build" / "bounds"
+SOURCE, BUILD = FOLDER / "source", FOLDER / "build"
+PASSES = {"as it is": "forward,train", "textbook": "forward", "no statistics": "forward,train", "no kernels": "train"}
+ROW_OPS = "layer_norm,rms_norm,add_rms_norm"  # those that have an aim
+
+
+def export():
+    """The committed tree. Files that are the same keep their time, so that nothing is compiled twice."""
+    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+    shutil.rmtree(FOLDER / "fresh", ignore_errors=True)
+    (FOLDER / "fresh").mkdir(parents=True)
+    subprocess.run(["tar", "-x", "-C", FOLDER / "fresh"], input=archive, check=True)
+    for path in (FOLDER / "fresh").rglob("*"):
+        target = SOURCE / path.relative_to(FOLDER / "fresh")
+        if path.is_file() and not (target.is_file() and target.read_bytes() == path.read_bytes()):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+
+
+def configure(isa):
+    import pybind11
+    import torch
+
+    options = {
+        "NORMEXT_CPU_ISAS": isa,
+        "NORMEXT_CUDA": "OFF",
+        "NORMEXT_TORCH": Path(torch.__file__).parent,
+        "NORMEXT_PYBIND11": pybind11.get_include(),
+        "Python_EXECUTABLE": sys.executable,
+    }
+    arguments = [f"-D{name}={value}" for name, value in options.items()]
+    subprocess.run(["cmake", "-G", "Ninja", "-S", SOURCE, "-B", BUILD, *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+def package(name):
+    """The folder from which that build is imported."""
+    changes = bounds_changes.BUILDS[name]
+    originals = {change.file: (SOURCE / change.file).read_text() for change in changes}
+    try:
+        for change in changes:
+            path = SOURCE / change.file
+            text = path.read_text()
+            assert text.count(change.find) == 1, (change.file, change.find)
+            path.write_text(text.replace(change.find, change.replace))
+        done = subprocess.run(["cmake", "--build", BUILD, "--target", "_C"], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(done.stdout[-3000:])
+    finally:
+        for file, text in originals.items():
+            (SOURCE / file).write_text(text)
+    folder = FOLDER / "packages" / name.replace(" ", "_")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(SOURCE / "normext", folder / "normext", ignore=shutil.ignore_patterns("*.so"))
+    for library in BUILD.glob("_C.*so"):
+        shutil.copy(library, folder / "normext")
+    return folder
+
+
+def measure(name, folder, options):
+    """Rows of both grids."""
+    env = {"PYTHONPATH": str(folder)}
+    command = [sys.executable, "-c", "import normext; print(normext.__file__)"]
+    imported = subprocess.run(command, cwd="/", env={**os.environ, **env}, stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert imported.startswith(str(folder)), imported
+    arguments = ["--no-compile", "--passes", PASSES[name], "--patience", str(options.patience)]
+    arguments += ["--shapes", options.shapes] if options.shapes else []
+    rows = run.child("cpu.py", *arguments, "--ops", ROW_OPS, env=env)[1:] if not options.shapes else []
+    channel = run.child("channel_cpu.py", *arguments, env=env)
+    return rows, channel[1:], channel[0]["machine"]
+
+
+def cases(rows_of_build):
+    """Rows of a grid, one list for each build, as cases with a figure for each build: of ours, as a multiple of torch's."""
+    found = {}
+    for name, rows in rows_of_build.items():
+        for row in rows:
+            label = {key: row[key] for key in ("op", "pass", "dtype", "layout", "shape", "rows", "cols") if key in row}
+            case = found.setdefault(json.dumps(label), {**label, "us": {}, "speedup": {}})
+            case["us"][name] = [row["us"]["normext"]]
+            case["speedup"][name] = [row["speedup"]["eager"]]
+    return list(found.values())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--patience", type=float, default=4, help="seconds per grid for repeating what other load disturbed")
+    parser.add_argument("--shapes", help="of the channel grid alone, comma separated; writes no results")
+    options = parser.parse_args()
+    start = time.time()
+    export()
+    configure(machine.describe()["isa"])
+    folders = {name: package(name) for name in bounds_changes.BUILDS}
+    rows, channel = {}, {}
+    for name, folder in folders.items():
+        rows[name], channel[name], described = measure(name, folder, options)
+    section = {"runs": 1, "minutes": (time.time() - start) / 60, **machine.stamp("python benchmarks/bounds.py")}
+    section |= {"row_cases": cases(rows), "channel_cases": cases(channel)}
+    if options.shapes:
+        print(report.bounds(section))
+        return
+    path = machine.RESULTS / f"{machine.file_name(described)}.json"
+    results = machine.load(path)
+    results["sections"]["bounds"] = section
+    machine.save(path, results)
+    report.write(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""What bounds.py changes in the sources, by the names of its builds.
+
+textbook       forward: mean and variance from sums of x and x*x, one pass, and xhat as x*a + b, which is wrong where the mean is
+               large beside the deviations
+no statistics  forward: the output alone, and a residual's sum; backward: no sums over rows, slabs or batches, but where the same
+               pass forms dx
+no kernels     calls, checks, allocations and autograd alone
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Change:
+    """Replaces the only place of a text in a file."""
+
+    file: str
+    find: str
+    replace: str
+
+
+def before(file, find, added):
+    return Change(file, find, added + find)
+
+
+def after(file, find, added):
+    return Change(file, find, find + added)
+
+
+MOMENTS = "csrc/cpu/row_moments.inl"
+LAST = "csrc/cpu/channels_last.inl"
+PLANES = "csrc/cpu/channel_planes.inl"
+PLANES_BACKWARD = "csrc/cpu/channel_planes_backward.inl"
+
+SHIFT = "shift_sum(const RowSource<T, kResidual>& row, std::int64_t begin, std::int64_t cols) {\n  using A = Accumulate<T>;\n"
+NO_SHIFT = after(MOMENTS, SHIFT, "  if constexpr (!kResidual) return Vector<A>{};\n")
+# A shift that was not near the mean is not mended.
+NOT_AGAIN = (
+    before(MOMENTS, "  if (!samples_shift(cols) || __builtin_expect(near_mean(", "  if (cols >= 0) return found;\n"),
+    Change(MOMENTS, "__builtin_expect(!all_near<A>(found, n, kRowSlack), 0)", "false"),
+)
+STORE_RESIDUAL = (
+    "  if constexpr (kResidual) {\n"
+    "    for_units<A>(begin, begin + cols, [&](std::int64_t c, auto extent) { row.take(c, extent); });\n"
+    "  }\n"
+)
+
+TEXTBOOK = (
+    NO_SHIFT,
+    *NOT_AGAIN,
+    Change(
+        MOMENTS,
+        "const Pair<A> d = keep<T>({fma(x.a, one, -centre), x.b - centre}, extent);",
+        "(void)one, (void)centre;\n        const Pair<A> d = x;",
+    ),
+    Change(
+        "csrc/norms/layer_norm.h",
+        "return fma<V>(x - row.hi, V{} + row.rstd, V{} - row.lo * row.rstd);",
+        "return fma<V>(x, V{} + row.rstd, V{} - row.hi * row.rstd);",
+    ),
+    Change(
+        LAST,
+        "const std::int64_t of_shift = sampled ? kSampledRows : rows;",
+        "const std::int64_t of_shift = 0;\n  for (std::int64_t c = columns.begin; c < columns.end; ++c) mean[c] = 0;",
+    ),
+    Change(LAST, "n_shift = V{} + static_cast<A>(of_shift);", "n_shift = V{} + A(1);"),
+    Change(LAST, "if (sampled && __builtin_expect(", "if (rows < 0 && __builtin_expect("),
+)
+
+NO_STATISTICS = (
+    NO_SHIFT,
+    *NOT_AGAIN,
+    after(
+        MOMENTS,
+        "                                                Next next) {\n  using A = Accumulate<T>;\n",
+        STORE_RESIDUAL + "  if (cols >= 0) return Vector<A>{} + A(1);\n",
+    ),
+    before(
+        MOMENTS,
+        "  const Vector<A> one = Vector<A>{} + A(1), centre = Vector<A>{} + shift;\n",
+        STORE_RESIDUAL + "  sums_out[0] = sums_out[1] = Vector<A>{} + A(1);\n  if (cols >= 0) return;\n",
+    ),
+    after(
+        "csrc/cpu/row_backward.inl",
+        "    const Weight weights = weight();\n    for (int r = 0; r < count; ++r) {\n",
+        "      for (int q = 0; q < kSums; ++q) out.of[q][r] = V{};\n      if (count >= 0) continue;\n",
+    ),
+    after(
+        PLANES,
+        "    const T* x = static_cast<const T*>(args.input);\n    alignas(V) A sums[3][kMostShortChannels<A>];\n",
+        "    for (int q = 0; piece >= 0 && q < 3; ++q) {\n"
+        "      A* of = static_cast<A*>(plan.partial) + (q * plan.pieces + piece) * plan.padded + block.first;\n"
+        "      for (std::int64_t c = 0; c < block.channels; ++c) of[c] = 1;\n"
+        "    }\n"
+        "    if (piece >= 0) return;\n",
+    ),
+    before(
+        LAST,
+        "  const bool sampled = rows >= kLeastSampledRows;\n",
+        "  for (std::int64_t c = columns.begin; c < columns.end; ++c) mean[c] = correction[c] = m2[c] = 1;\n"
+        "  if (rows >= 0) return;\n",
+    ),
+    after(
+        PLANES_BACKWARD,
+        "    const std::int64_t table = planes * plan.pieces;\n",
+        "    if constexpr (!kValues) {\n"
+        "      for (std::int64_t i = begin; i < end; ++i) partial[i] = partial[table + i] = 0;\n"
+        "      return;\n"
+        "    }\n",
+    ),
+    before(
+        PLANES_BACKWARD,
+        "    ShortColumns<A> of_columns[2];\n    block.template add_images<2>(begin, end, of_columns,",
+        "    for (int q = 0; segment >= 0 && q < 2; ++q) {\n"
+        "      A* of = plane_sums + q * planes + segment * channels + block.first;\n"
+        "      for (std::int64_t c = 0; c < block.channels; ++c) of[c] = 0;\n"
+        "    }\n"
+        "    if (segment >= 0) return;\n",
+    ),
+    before(
+        PLANES_BACKWARD,
+        "      V lanes[2][kMaxBatch] = {};\n",
+        "      for (int q = 0; q < 2; ++q) {\n"
+        "        for (int r = 0; r < kMaxBatch; ++r) of_block[q][blocks][r] = 0;\n"
+        "      }\n"
+        "      if (blocks >= 0) continue;\n",
+    ),
+    before(
+        "csrc/cpu/channels_last_backward.inl",
+        "      for_row_groups(smaller(plan.piece, shape.spatial - from), [&](std::int64_t row, int count)",
+        "      if constexpr (!kValues) {\n"
+        "        for (std::int64_t c = 0; c < channels; ++c) out[c] = out[table + c] = 0;\n"
+        "        continue;\n"
+        "      }\n",
+    ),
+    Change("csrc/cpu/channel_norm.cpp", "if (!two_passes || !slow ||", "if (shape.channels >= 0 || !two_passes || !slow ||"),
+)
+
+NO_KERNELS = (
+    Change("csrc/cpu/isa.cpp", "  kernels().row[static_cast<int>(norm)].forward(args, plan);\n", ""),
+    Change("csrc/cpu/isa.cpp", "  kernels().row[static_cast<int>(norm)].backward(args, plan);\n", ""),
+    after(
+        "csrc/cpu/channel_norm.cpp",
+        "\nvoid channel_forward(const ChannelForwardArgs& args, void* workspace, const Parallel& parallel) {\n",
+        "  if (args.shape.channels >= 0) return;\n",
+    ),
+    after(
+        "csrc/cpu/channel_norm.cpp",
+        "\nvoid channel_backward(const ChannelBackwardArgs& args, void* workspace, const Parallel& parallel) {\n",
+        "  if (args.shape.channels >= 0) return;\n",
+    ),
+)
+
+BUILDS = {"as it is": (), "no kernels": NO_KERNELS, "textbook": TEXTBOOK, "no statistics": NO_STATISTICS}
