@@ -134,9 +134,12 @@ def bounds(section):
 
     def cells(op, kind):
         for name in names:
-            by_dtype = [[f.speedup(name) for f in figures.bound(section, op, kind, d) if f.has(name)] for d in (None, *DTYPES)]
-            both, *each = (times(geomean(speedups)) for speedups in by_dtype)
-            yield f"{both} ({', '.join(each)})" if by_dtype[0] else "-"
+            chosen = figures.bound(section, op, kind)
+            if not all(f.has(name) for f in chosen):
+                yield "-"
+                continue
+            both, *each = (times(geomean(f.speedup(name) for f in figures.bound(section, op, kind, d))) for d in (None, *DTYPES))
+            yield f"{both} ({', '.join(each)})"
 
     ops = [*dict.fromkeys(case["op"] for case in section["row_cases"] + section["channel_cases"]), None]
     passes = {"forward": "forward", "train": "forward+backward", None: "both"}
@@ -148,9 +151,8 @@ def bounds(section):
         + [f"{times(f.speedup(name))}, {microseconds(f.us(name))} us" if f.has(name) else "-" for name in names]
         for f in slower
     ]
-    return "\n\n".join(
-        [(bounds_changes.__doc__ or "").strip(), table(["op", "pass", *names], rows), table(["below 0.97x", *names], of_cases)]
-    )
+    tables = table(["op", "pass", *names], rows), table(["below 0.97x", *names], of_cases)
+    return "\n\n".join([f"```\n{bounds_changes.__doc__.strip()}\n```", *tables])
 
 
 # Calls, blocks, accuracy ------------------------------------------------------------------------------------------
