@@ -25,3 +25,17 @@ def test_every_path_of_the_gpu_benchmarks_but_the_device():
 def test_readme_shows_the_committed_results():
     done = run("benchmarks/report.py", "--readme", "README.md", "--check")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.once
+def test_what_bounds_leave_out_is_there(monkeypatch):
+    """bounds.py replaces text; what it replaces must still be in the sources, once."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from bounds_changes import BUILDS
+
+    for changes in BUILDS.values():
+        texts = {}
+        for change in changes:
+            text = texts.get(change.file) or (ROOT / change.file).read_text()
+            assert text.count(change.find) == 1 and change.find != change.replace, change
+            texts[change.file] = text.replace(change.find, change.replace)
