@@ -1,10 +1,9 @@
 """What bounds.py changes in the sources, by the names of its builds.
 
-textbook       forward: mean and variance from sums of x and x*x, one pass, and xhat as x*a + b, which is wrong where the mean is
-               large beside the deviations
-no statistics  forward: the output alone, and a residual's sum; backward: no sums over rows, slabs or batches, but where the same
-               pass forms dx
-no kernels     calls, checks, allocations and autograd alone
+no statistics  our kernels without the passes over data that take sums for them: forward, the output is left and the sum with a
+               residual; backward, what forms dx, and sums for parameters in the same pass. What merges sums is left, too, and
+               prefetches in the passes left out of the channel norms are lost
+no kernels     calls, checks, allocations and autograd alone; nobody touches the outputs
 """
 
 from dataclasses import dataclass
@@ -45,30 +44,15 @@ STORE_RESIDUAL = (
     "  }\n"
 )
 
-TEXTBOOK = (
-    NO_SHIFT,
-    *NOT_AGAIN,
-    Change(
-        MOMENTS,
-        "const Pair<A> d = keep<T>({fma(x.a, one, -centre), x.b - centre}, extent);",
-        "(void)one, (void)centre;\n        const Pair<A> d = x;",
-    ),
-    Change(
-        "csrc/norms/layer_norm.h",
-        "return fma<V>(x - row.hi, V{} + row.rstd, V{} - row.lo * row.rstd);",
-        "return fma<V>(x, V{} + row.rstd, V{} - row.hi * row.rstd);",
-    ),
-    Change(
-        LAST,
-        "const std::int64_t of_shift = sampled ? kSampledRows : rows;",
-        "const std::int64_t of_shift = 0;\n  for (std::int64_t c = columns.begin; c < columns.end; ++c) mean[c] = 0;",
-    ),
-    Change(LAST, "n_shift = V{} + static_cast<A>(of_shift);", "n_shift = V{} + A(1);"),
-    Change(LAST, "if (sampled && __builtin_expect(", "if (rows < 0 && __builtin_expect("),
-)
-
 NO_STATISTICS = (
     NO_SHIFT,
+    # The pass that is left fetches all of the next row.
+    Change("csrc/cpu/row_forward.inl", "constexpr int kShared = Policy::kCentred ? 2 : 1;", "constexpr int kShared = 1;"),
+    Change(
+        "csrc/cpu/row_passes.inl",
+        "constexpr int kShares = kSource == Source::kMemory ? 2 : 0;",
+        "constexpr int kShares = kSource == Source::kMemory ? 1 : 0;",
+    ),
     *NOT_AGAIN,
     after(
         MOMENTS,
@@ -151,4 +135,4 @@ NO_KERNELS = (
     ),
 )
 
-BUILDS = {"as it is": (), "no kernels": NO_KERNELS, "textbook": TEXTBOOK, "no statistics": NO_STATISTICS}
+BUILDS = {"as it is": (), "no kernels": NO_KERNELS, "no statistics": NO_STATISTICS}

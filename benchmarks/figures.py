@@ -139,7 +139,7 @@ def select_channel(section, op=None, kind=None, dtype=None, layout=None):
     return _those(map(ChannelFigure, section["cases"]), op=op, kind=kind, dtype=dtype, layout=layout)
 
 
-def bound(bounds, op=None, kind=None, dtype=None):
+def of_bounds(bounds, op=None, kind=None, dtype=None):
     """Figures of bounds.py, of the row norms or the channel norms; speedup(build) is that of one of its builds."""
     cases = bounds["row_cases"] if op in OPS else bounds["channel_cases"]
     return (select if op in OPS else select_channel)({"cases": cases}, op, kind, dtype)

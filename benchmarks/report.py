@@ -129,29 +129,36 @@ def channel_summary(section):
 
 # Bounds -----------------------------------------------------------------------------------------------------------
 def bounds(section):
-    """Geometric means for each build of bounds.py; then the cases that are slower than torch eager in its one run."""
+    """Geometric means for each build of bounds.py; then the cases slower than torch eager in the median of its runs."""
     names = list(bounds_changes.BUILDS)
 
     def cells(op, kind):
         for name in names:
-            chosen = figures.bound(section, op, kind)
+            chosen = figures.of_bounds(section, op, kind)
             if not all(f.has(name) for f in chosen):
                 yield "-"
                 continue
-            both, *each = (times(geomean(f.speedup(name) for f in figures.bound(section, op, kind, d))) for d in (None, *DTYPES))
+            both, *each = (
+                times(geomean(f.speedup(name) for f in figures.of_bounds(section, op, kind, d))) for d in (None, *DTYPES)
+            )
             yield f"{both} ({', '.join(each)})"
 
     ops = [*dict.fromkeys(case["op"] for case in section["row_cases"] + section["channel_cases"]), None]
     passes = {"forward": "forward", "train": "forward+backward", None: "both"}
-    rows = [[op or "all channel norms", passes[kind], *cells(op, kind)] for op in ops for kind in passes]
-    chosen = [f for op in ops[:-1] for f in figures.bound(section, op)]
+    rows = [
+        [op or "all channel norms", name, *cells(op, kind)]
+        for op in ops
+        for kind, name in passes.items()
+        if figures.of_bounds(section, op, kind) and not (kind is None and op in figures.OPS)
+    ]
+    chosen = [f for op in ops[:-1] for f in figures.of_bounds(section, op)]
     slower = [f for f in chosen if f.speedup(names[0]) < figures.SLOWER and not f.small_step]
     of_cases = [
         [f"{f.op} {f.dtype} {f.name}" + ("" if f.op not in figures.OPS else f" {f.kind}")]
         + [f"{times(f.speedup(name))}, {microseconds(f.us(name))} us" if f.has(name) else "-" for name in names]
         for f in slower
     ]
-    tables = table(["op", "pass", *names], rows), table(["below 0.97x", *names], of_cases)
+    tables = table(["op", "pass", *names], rows), table([f"below {figures.SLOWER}x", *names], of_cases)
     return "\n\n".join([f"```\n{bounds_changes.__doc__.strip()}\n```", *tables])
 
 
