@@ -152,7 +152,7 @@ def bounds(section):
         if figures.of_bounds(section, op, kind) and not (kind is None and op in figures.OPS)
     ]
     chosen = [f for op in ops[:-1] for f in figures.of_bounds(section, op)]
-    slower = [f for f in chosen if f.speedup(names[0]) < figures.SLOWER and not f.small_step]
+    slower = [f for f in chosen if f.has(names[0]) and f.speedup(names[0]) < figures.SLOWER and not f.small_step]
     of_cases = [
         [f"{f.op} {f.dtype} {f.name}" + ("" if f.op not in figures.OPS else f" {f.kind}")]
         + [f"{times(f.speedup(name))}, {microseconds(f.us(name))} us" if f.has(name) else "-" for name in names]
