@@ -59,14 +59,11 @@ def configure(isa):
 
 def package(name):
     """The folder from which that build is imported."""
-    changes = bounds_changes.BUILDS[name]
-    originals = {change.file: (SOURCE / change.file).read_text() for change in changes}
+    texts = bounds_changes.changed(SOURCE, bounds_changes.BUILDS[name])
+    originals = {file: (SOURCE / file).read_text() for file in texts}
     try:
-        for change in changes:
-            path = SOURCE / change.file
-            text = path.read_text()
-            assert text.count(change.find) == 1, (change.file, change.find)
-            path.write_text(text.replace(change.find, change.replace))
+        for file, text in texts.items():
+            (SOURCE / file).write_text(text)
         done = subprocess.run(["cmake", "--build", BUILD, "--target", "_C"], stdout=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(done.stdout[-3000:])

@@ -31,13 +31,6 @@ LAST = "csrc/cpu/channels_last.inl"
 PLANES = "csrc/cpu/channel_planes.inl"
 PLANES_BACKWARD = "csrc/cpu/channel_planes_backward.inl"
 
-SHIFT = "shift_sum(const RowSource<T, kResidual>& row, std::int64_t begin, std::int64_t cols) {\n  using A = Accumulate<T>;\n"
-NO_SHIFT = after(MOMENTS, SHIFT, "  if constexpr (!kResidual) return Vector<A>{};\n")
-# A shift that was not near the mean is not mended.
-NOT_AGAIN = (
-    before(MOMENTS, "  if (!samples_shift(cols) || __builtin_expect(near_mean(", "  if (cols >= 0) return found;\n"),
-    Change(MOMENTS, "__builtin_expect(!all_near<A>(found, n, kRowSlack), 0)", "false"),
-)
 STORE_RESIDUAL = (
     "  if constexpr (kResidual) {\n"
     "    for_units<A>(begin, begin + cols, [&](std::int64_t c, auto extent) { row.take(c, extent); });\n"
@@ -45,7 +38,11 @@ STORE_RESIDUAL = (
 )
 
 NO_STATISTICS = (
-    NO_SHIFT,
+    after(
+        MOMENTS,
+        "shift_sum(const RowSource<T, kResidual>& row, std::int64_t begin, std::int64_t cols) {\n  using A = Accumulate<T>;\n",
+        "  if constexpr (!kResidual) return Vector<A>{};\n",
+    ),
     # The pass that is left fetches all of the next row.
     Change("csrc/cpu/row_forward.inl", "constexpr int kShared = Policy::kCentred ? 2 : 1;", "constexpr int kShared = 1;"),
     Change(
@@ -53,7 +50,9 @@ NO_STATISTICS = (
         "constexpr int kShares = kSource == Source::kMemory ? 2 : 0;",
         "constexpr int kShares = kSource == Source::kMemory ? 1 : 0;",
     ),
-    *NOT_AGAIN,
+    # A shift that was not near the mean is not mended.
+    before(MOMENTS, "  if (!samples_shift(cols) || __builtin_expect(near_mean(", "  if (cols >= 0) return found;\n"),
+    Change(MOMENTS, "__builtin_expect(!all_near<A>(found, n, kRowSlack), 0)", "false"),
     after(
         MOMENTS,
         "                                                Next next) {\n  using A = Accumulate<T>;\n",
@@ -136,3 +135,13 @@ NO_KERNELS = (
 )
 
 BUILDS = {"as it is": (), "no kernels": NO_KERNELS, "no statistics": NO_STATISTICS}
+
+
+def changed(source, changes):
+    """The texts of the changed files, by their names in the folder `source`."""
+    texts = {change.file: (source / change.file).read_text() for change in changes}
+    for change in changes:
+        text = texts[change.file]
+        assert text.count(change.find) == 1 and change.find != change.replace, change
+        texts[change.file] = text.replace(change.find, change.replace)
+    return texts

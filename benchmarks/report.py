@@ -15,6 +15,7 @@ import channel_grid
 import figures
 import machine
 import overview
+import targets
 from channel_grid import DTYPES
 from figures import geomean, select, select_channel
 from markdown import error, microseconds, table, times
@@ -117,7 +118,7 @@ def channel_summary(section):
     header = ["op", "pass", "/ eager", *channel_grid.LAYOUTS, *DTYPES, "a kernel at copy speed", "/ compiled"]
     rows = []
     for op in channel_grid.OPS:
-        for kind, name in (("forward", "forward"), ("train", "forward+backward")):
+        for kind, name in targets.PASSES.items():
             chosen = select_channel(section, op, kind)
             means = [times(geomean(f.speedup() for f in select_channel(section, op, kind, **half))) for half in halves]
             bound = times(geomean(f.speedup_at_copy_speed() for f in chosen))
@@ -144,7 +145,7 @@ def bounds(section):
             yield f"{both} ({', '.join(each)})"
 
     ops = [*dict.fromkeys(case["op"] for case in section["row_cases"] + section["channel_cases"]), None]
-    passes = {"forward": "forward", "train": "forward+backward", None: "both"}
+    passes = {**targets.PASSES, None: "both"}
     rows = [
         [op or "all channel norms", name, *cells(op, kind)]
         for op in ops
